@@ -1,0 +1,57 @@
+"""How a run ends when something is wrong: one clear line, the right exit status, no traceback for a user's mistake."""
+
+import errno
+import sys
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message is one line that names the file, row, field and mend."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint written. `status` is 130 or 143."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+def main(function) -> None:
+    """Run a script's main function and turn what it raises into one line on stderr and an exit status.
+
+    UserError -> 2, Ctrl-C -> 130, SIGTERM -> 143, a full disk -> 1; anything else is a bug and keeps its traceback.
+    """
+    try:
+        function()
+    except UserError as error:
+        _leave(f"error: {' '.join(str(error).split())}", 2)
+    except Stopped as stop:
+        _leave(str(stop), stop.status)
+    except KeyboardInterrupt:
+        _leave("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away (`... | head`)
+        sys.stderr.close()
+        sys.exit(1)
+    except Exception as error:  # safetensors wraps a full disk in an error of its own, hence the look at the text
+        full_disk = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+        if not full_disk:
+            raise
+        place = getattr(error, "filename", None) or "the output folder"
+        _leave(f"error: no space left on the disk while writing {place}; free some and run the same command again", 1)
+
+
+def _leave(line: str, status: int) -> None:
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def warn(line: str) -> None:
+    """One line of warning on stderr."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def bar(iterable=None, **options):
+    """tqdm that keeps quiet when the output is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, **{"disable": None, "dynamic_ncols": True, "leave": False, **options})

@@ -1,0 +1,55 @@
+"""The one prompt template and the one way to turn text into token ids. SFT, pairs, DPO, PPO and `ask` all come here."""
+
+# Word for word the template the questions of the task were collected with, its trailing space included.
+TEMPLATE_HEAD = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. \n"
+    "Write a response that appropriately completes the request.\n"
+    "\n"
+    "### Instruction:\n"
+    "You will see a text and you should generate one critical question in the format {type} for this text.\n"
+    "\n"
+    "### Input:\n"
+)
+TEMPLATE_TAIL = "\n\n### Response:\n"
+
+
+def build_prompt(context: str, type: str) -> str:
+    """The prompt as text. `type` is a display name such as "Cause to effect"."""
+    return TEMPLATE_HEAD.replace("{type}", type) + context + TEMPLATE_TAIL
+
+
+def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[int]:
+    """Token ids of the prompt, at most `max_tokens` of them: a long context loses its own tail, never the template.
+
+    One BOS stands in front if this tokenizer adds one by itself. Raises ValueError if the template alone is too long.
+    """
+    text = build_prompt(context, type)
+    prompt = bos(tokenizer) + plain_ids(tokenizer, text)
+    kept = len(context)
+    while len(prompt) > max_tokens:  # cutting text, not ids, keeps the tokens the ones this text always has
+        if kept == 0:
+            raise ValueError(f"--max-prompt-tokens {max_tokens} is shorter than the template alone ({len(prompt)} tokens)")
+        kept = max(0, min(kept - 1, int(kept * max_tokens / len(prompt))))
+        prompt = bos(tokenizer) + plain_ids(tokenizer, build_prompt(context[:kept].rstrip(), type))
+    return prompt
+
+
+def encode_completion(tokenizer, question: str) -> list[int]:
+    """Token ids of a question, EOS at the end. Tokenised apart from the prompt, so that the boundary never moves."""
+    return [*plain_ids(tokenizer, question), tokenizer.eos_token_id]
+
+
+def decode(tokenizer, ids: list[int]) -> str:
+    """The text of a completion, without EOS and other control tokens, stripped."""
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """Ids of a text in which nothing is a control token: "<|im_end|>" in somebody's text is seven harmless pieces."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def bos(tokenizer) -> list[int]:
+    """[BOS] if the tokenizer begins every text with one, as the model's training did; else []."""
+    ids = tokenizer("", add_special_tokens=True)["input_ids"]
+    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
