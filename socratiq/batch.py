@@ -1,0 +1,119 @@
+"""One prompt and its K completions side by side, rows laid end to end, no padding anywhere.
+
+A row is one prompt and the K completions that hang on it (SFT K=1, DPO K=2, PPO K=samples per prompt). The prompt is
+run once, however many completions follow:
+
+    index       0 1 2 3 4   5 6 7   8 9
+    token       p p p p p   a a E   b E       E = end of sequence
+    position    0 1 2 3 4   5 6 7   5 6       both completions continue after the prompt
+    sees        prompt      prompt,a  prompt,b   (causal, and never the sibling)
+    scored at   . . . . .   4 5 6   4 8       index of the hidden state that predicts the token
+
+The B rows of a batch stand one behind the other in a single sequence of N tokens. Everything a transformer does to
+tokens one by one (projections, norms, MLP: nearly all of its time) therefore runs without padding. Attention, the only
+part in which tokens meet, runs row by row. The language-model head runs on the scored positions alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Batch(NamedTuple):
+    """B prompts with K completions each, of at most C tokens."""
+
+    input_ids: torch.Tensor  # (N,) all rows end to end
+    position_ids: torch.Tensor  # (N,) position of each token in its own sequence
+    attend: RowAttention  # attention within each row
+    tokens: torch.Tensor  # (B, K, C) completion tokens, EOS included; 0 where mask is 0
+    mask: torch.Tensor  # (B, K, C) float, 1.0 on completion tokens
+    read: torch.Tensor  # (M,) for each of the M scored tokens, the index in N of the state that predicts it
+
+    def to(self, device) -> Batch:
+        return self._replace(
+            **{
+                name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "tokens", "mask", "read")
+            },
+            attend=self.attend.to(device),
+        )
+
+
+class RowAttention:
+    """Attention inside each row of a batch: causal, and blind to sibling completions.
+
+    `lengths` are the rows' token counts. `masks[b]` is (L, L), 0 where row b may look and -inf where it may not, or
+    None for a plain causal row (K = 1), which has a faster kernel.
+    """
+
+    def __init__(self, lengths: list[int], masks: list[torch.Tensor | None]):
+        self.lengths = lengths
+        self.masks = masks
+
+    def to(self, device) -> RowAttention:
+        return RowAttention(self.lengths, [None if mask is None else mask.to(device) for mask in self.masks])
+
+    def __call__(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
+        """q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
+        rows = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), self.masks, strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(
+                q_row,
+                k_row,
+                v_row,
+                attn_mask=None if mask is None else mask.to(q.dtype),
+                is_causal=mask is None,
+                scale=scale,
+                enable_gqa=True,
+            )
+            for q_row, k_row, v_row, mask in rows
+        ]  # each (1, heads, L, d)
+        return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, heads, d)
+
+
+def make_batch(prompts: list[list[int]], completions: list[list[list[int]]]) -> Batch:
+    """Lay out B prompts and their completions; completions[b][k] ends in EOS. Every row has the same K.
+
+    An empty prompt is refused (nothing would predict the first token); an empty completion has mask 0 everywhere.
+    """
+    batch, samples = len(prompts), len(completions[0])
+    longest = max(1, max(len(completion) for row in completions for completion in row))
+    tokens = torch.zeros(batch, samples, longest, dtype=torch.long)
+    mask = torch.zeros(batch, samples, longest)
+    input_ids, position_ids, read, lengths, masks = [], [], [], [], []
+    for b, (prompt, row) in enumerate(zip(prompts, completions, strict=True)):
+        if not prompt:
+            raise ValueError("a prompt needs at least one token")
+        if len(row) != samples:
+            raise ValueError(f"every prompt needs {samples} completions, prompt {b} has {len(row)}")
+        start = len(input_ids)
+        input_ids += prompt
+        position_ids += range(len(prompt))
+        for k, completion in enumerate(row):
+            # The last prompt token predicts the first completion token, which predicts the second, and so on.
+            own_start = len(input_ids)
+            read += [start + len(prompt) - 1, *range(own_start, own_start + len(completion) - 1)][: len(completion)]
+            input_ids += completion
+            position_ids += range(len(prompt), len(prompt) + len(completion))
+            tokens[b, k, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+            mask[b, k, : len(completion)] = 1.0
+        lengths.append(len(input_ids) - start)
+        masks.append(sibling_mask(len(prompt), [len(completion) for completion in row]) if samples > 1 else None)
+    return Batch(
+        input_ids=torch.tensor(input_ids),
+        position_ids=torch.tensor(position_ids),
+        attend=RowAttention(lengths, masks),
+        tokens=tokens,
+        mask=mask,
+        read=torch.tensor(read, dtype=torch.long),
+    )
+
+
+def sibling_mask(prompt: int, completions: list[int]) -> torch.Tensor:
+    """(L, L) additive mask of one row: causal, and no completion sees another. L = prompt + sum(completions)."""
+    owner = torch.tensor([0] * prompt + [k + 1 for k, length in enumerate(completions) for _ in range(length)])
+    causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
+    visible = causal & ((owner[:, None] == owner[None, :]) | (owner[None, :] == 0))  # own tokens, or the prompt
+    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))

@@ -1,0 +1,96 @@
+"""Low-rank adapters (Hu et al. 2021, eq. 3): W x becomes W x + (alpha / r) B A x, with W frozen and A, B trained.
+
+A starts random, B at zero, so that the adapted model begins as the base model. Switching the adapters off gives the
+base model back: that is the frozen reference of DPO and PPO, at no memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRALinear(nn.Module):
+    """Any linear module (a quantised one too) with a low-rank adapter beside it."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (out, r)
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale = alpha / rank
+        self.enabled = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + (alpha / r) B A, in float32: bfloat16 would swallow most of a small update."""
+        return self.base.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> None:
+    """Freeze `model` and put an adapter on every linear module named in `targets`. `alpha` is 2 * rank if not given."""
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in targets:
+                setattr(parent, name, LoRALinear(child, rank, 2.0 * rank if alpha is None else alpha))
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """(name, adapter) pairs of a model, in order."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def enable(model: nn.Module, enabled: bool) -> None:
+    """Switch all adapters on or off."""
+    for _, adapter in adapters(model):
+        adapter.enabled = enabled
+
+
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of the plain model with the adapters added into its weights."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for name, adapter in adapters(model):
+        weight = state.pop(f"{name}.base.weight")
+        state[f"{name}.weight"] = adapter.merged_weight().detach().to(torch.promote_types(weight.dtype, torch.float32))
+    return {name.replace(".base.", "."): tensor for name, tensor in state.items()}
+
+
+def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
+    """Write the adapters alone in PEFT's file format: adapter_model.safetensors and adapter_config.json."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, targets, rank, alpha = {}, set(), 0, 0.0
+    for name, adapter in adapters(model):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.lora_A.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.lora_B.detach().contiguous()
+        targets.add(name.rsplit(".", 1)[-1])
+        rank = adapter.lora_A.shape[0]
+        alpha = adapter.scale * rank
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
