@@ -69,7 +69,7 @@ TYPES = (
     QuestionType(
         "Reasons and evidence",
         ("reasons_evidence", "reasons_and_evidence", "reason_evidence", "reasons"),
-        "Asks for the grounds of a claim: why one should believe it, where it was observed, what would speak against it.",
+        "Asks for the grounds of a claim: why to believe it, where it was observed, what would speak against it.",
         "What makes you think that homework is the reason why pupils sleep less?",
     ),
     QuestionType(
