@@ -13,7 +13,9 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import tempfile
 import unicodedata
@@ -112,7 +114,7 @@ def load_rows(source: str, split: str | None = None) -> list[Row]:
     if disputed:
         warn(
             f"{source}: {_count(len(disputed), 'question')} of the same context under more than one type, kept under "
-            f"each; the first: {_shorten(disputed[0])}"
+            f"each; the first: {_shorten(disputed[0])!r}"
         )
     return rows
 
@@ -128,7 +130,7 @@ def _fields(place: str, record: dict, columns: dict) -> tuple[str, str, str]:
         label, colon, context = values["input"].partition(":")
         if not colon or not context.strip() or len(label) > LONGEST_TYPE:
             raise UserError(
-                f'{place}: column {column["input"]!r} must be "type: context", found {_shorten(values["input"])}'
+                f'{place}: column {column["input"]!r} must be "type: context", found {_shorten(values["input"])!r}'
             )
         context, question, type = context.strip(), values["target"], label
     else:
@@ -138,7 +140,7 @@ def _fields(place: str, record: dict, columns: dict) -> tuple[str, str, str]:
     name = display_name(" ".join(type.split()))
     if not name or len(name) > LONGEST_TYPE:
         raise UserError(
-            f"{place}: the type is {_shorten(type)}; expected a name of at most {LONGEST_TYPE} characters such as "
+            f"{place}: the type is {_shorten(type)!r}; expected a name of at most {LONGEST_TYPE} characters such as "
             f"{TYPES[0].name!r}"
         )
     return context, question, name
@@ -154,7 +156,7 @@ def _choose_columns(place: str, names: tuple) -> dict[str, str]:
         return {name: spelled[name] for name in PAIRED_COLUMNS}
     for field, choices in found.items():
         if not choices:
-            present = ", ".join(_shorten(str(name), 20) for name in names if str(name).strip()) or "none at all"
+            present = ", ".join(repr(_shorten(str(name), 20)) for name in names if str(name).strip()) or "none at all"
             raise UserError(
                 f"{place}: no column for the {field}; the columns are {present}; name one of them "
                 f"{' or '.join(repr(known) for known in COLUMNS[field])}"
@@ -172,8 +174,7 @@ def _text(place: str, field: str, column: str, value) -> str:
     if isinstance(value, float) and math.isnan(value):
         raise UserError(f"{where} is NaN; fill it in or remove the row")
     if not isinstance(value, str):
-        found = _shorten(repr(value), 40)
-        raise UserError(f"{where} is {found}, a {type(value).__name__}; write it as text in quotes")
+        raise UserError(f"{where} is {_shorten(repr(value), 40)} ({type(value).__name__}); write it as text")
     text = clean(value)
     if not text:
         raise UserError(f"{where} is empty; fill it in or remove the row")
@@ -207,9 +208,9 @@ def clean(text: str) -> str:
 
 
 def _shorten(text: str, longest: int = 60) -> str:
-    """A text for a message: on one line, in quotes, cut if long."""
+    """A text for a message: on one line, cut if long."""
     text = " ".join(clean(text).split())
-    return repr(text if len(text) <= longest else text[: longest - 3] + "...")
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _count(number: int, thing: str, things: str | None = None) -> str:
@@ -224,12 +225,9 @@ def _is_address(source: str) -> bool:
 
 
 def _is_local(source: str) -> bool:
-    """A file or folder, there or missing. What has the form owner/name and is not there is a Hub id."""
-    return (
-        not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?", source)
-        or Path(source).exists()
-        or _kind(source) in SUFFIXES
-    )
+    """A file or folder, there or missing. What looks like owner/name, with no folder `owner` here, is a Hub id."""
+    hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+(:[\w.-]+)?", source)
+    return not hub_id or Path(hub_id[1]).exists() or _kind(source) in SUFFIXES
 
 
 def _kind(name: str) -> str:
@@ -255,10 +253,10 @@ def _records(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
             yield from _read(path, _kind(urlsplit(source).path), source)
     elif not _is_local(source):
         yield from _read_hub(source, split)
-    elif Path(source).is_dir():
+    elif os.path.isdir(source):
         for path in _files(Path(source), split):
             yield from _read(path, path.suffix.lower(), str(path))
-    elif Path(source).exists():
+    elif os.path.exists(source):
         _no_split(source, split)
         yield from _read(Path(source), _kind(source), source)
     else:
@@ -296,7 +294,7 @@ def _read(path: Path, kind: str, name: str) -> Iterator[tuple[str, dict]]:
         with open(path, "rb") as file:
             head = file.read(256)
         if not head:
-            raise UserError(f"{name}: the file is empty")
+            raise UserError(f"{name}: the file is empty; expected rows of a context, a question and a type")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{name}: the file is in UTF-16; save it as UTF-8")
         if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
@@ -344,9 +342,12 @@ def _read_csv(path: Path, name: str) -> Iterator[tuple[str, dict]]:
                 number += 1
                 place = f"{name} row {number} (line {first_line})"
                 if len(cells) < len(header) or any(cells[len(header) :]):
+                    fewer = "fill in the missing cells or remove the row"
+                    mend = (
+                        fewer if len(cells) < len(header) else f"put a cell that holds {delimiter!r} in double quotes"
+                    )
                     raise UserError(
-                        f"{place}: {_count(len(cells), 'cell')} under {_count(len(header), 'column')}; "
-                        f"put a cell that holds {delimiter!r} in double quotes"
+                        f"{place}: {_count(len(cells), 'cell')} under {_count(len(header), 'column')}; {mend}"
                     )
                 yield place, dict(zip(header, cells, strict=False))
         except csv.Error as error:
@@ -362,8 +363,11 @@ def _parse(text: str, place: str):
         return json.loads(text)
     except RecursionError:
         raise UserError(f"{place}: not JSON that can be read (nested too deeply)") from None
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); mend it or remove it") from None
+    except json.JSONDecodeError as error:
+        line = "" if error.lineno == 1 else f"line {error.lineno} "
+        raise UserError(f"{place}: not JSON from {line}character {error.colno} on ({error.msg}); mend it") from None
+    except ValueError as error:  # a number with thousands of digits
+        raise UserError(f"{place}: not JSON that can be read ({error})") from None
 
 
 def _read_json_lines(path: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -371,7 +375,7 @@ def _read_json_lines(path: Path, name: str) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 place = f"{name} line {number}"
-                yield place, _record(_parse(line, place), place)
+                yield place, _record(_parse(line.rstrip(), place), place)
 
 
 def _read_json(path: Path, name: str) -> Iterator[tuple[str, dict]]:
@@ -395,7 +399,7 @@ def _rows_of_columns(columns: dict, name: str) -> list[dict]:
     """The form in which pandas writes a table: {"context": {"0": ..., "1": ...}, ...}, or the same with lists."""
     lists = {key: list(column.values()) if isinstance(column, dict) else column for key, column in columns.items()}
     if len({len(column) for column in lists.values()}) > 1:
-        lengths = ", ".join(f"{_shorten(key, 20)} {len(column)}" for key, column in lists.items())
+        lengths = ", ".join(f"{_shorten(key, 20)!r} {len(column)}" for key, column in lists.items())
         raise UserError(f"{name}: the columns differ in length ({lengths}); expected a list of rows")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
@@ -430,7 +434,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     except UserError:
         raise
     except Exception as error:  # pyarrow's and datasets' errors have no common base
-        raise UserError(f"{name}: not a parquet file that can be read ({_first_line(error)})") from None
+        raise UserError(f"{name}: not a parquet file that can be read ({_first_line(error)}); write it anew") from None
 
 
 def _read_hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
@@ -470,25 +474,24 @@ def _read_table(table, name: str) -> Iterator[tuple[str, dict]]:
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ or error
-    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)[:200]
+    return next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)[:200].rstrip(".")
 
 
 @contextmanager
 def _downloaded(address: str) -> Iterator[Path]:
     """The file at an address, as a temporary file."""
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
         try:
-            with urllib.request.urlopen(address, timeout=60) as answer:
-                while block := answer.read(1 << 20):
-                    file.write(block)
+            with urllib.request.urlopen(address, timeout=60) as answer, open(path, "wb") as file:
+                shutil.copyfileobj(answer, file)
         except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors, a malformed address a ValueError
-            reason = getattr(error, "reason", None) or error
+            reason = str(error).removeprefix("<urlopen error ").removesuffix(">")
             raise UserError(
                 f"{address}: could not be fetched ({reason}); mend the address or the network, or download the file "
                 "elsewhere and give its path"
             ) from None
-        file.flush()
-        yield Path(file.name)
+        yield path
 
 
 # ------------------------------------------------------------------------------------------------------------- split
@@ -508,11 +511,9 @@ def split_by_context(rows: list[Row], held_out: float = 0.1, seed: int = 0) -> t
         raise UserError(f"the share of contexts to hold out must be at least 0 and below 1, not {held_out}")
     places = {row.context: _place(row.context, seed) for row in rows}
     order = sorted(set(places.values()))
-    limit = held_out
-    if held_out > 0 and len(order) > 1:
+    limit = held_out if len(order) > 1 else 0.0
+    if limit > 0:  # the first place is held out and the last one is not, whatever the share
         limit = min(max(limit, math.nextafter(order[0], 1)), order[-1])
-    elif len(order) < 2:
-        limit = 0.0
     train = [row for row in rows if places[row.context] >= limit]
     return train, [row for row in rows if places[row.context] < limit]
 
