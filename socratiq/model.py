@@ -8,10 +8,9 @@ import os
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from socratiq import lora
@@ -101,7 +100,7 @@ class Policy(nn.Module):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if watching else None
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference. Adapters can be switched off; without them a copy is needed."""
+        """Remember the present weights as the reference: adapters can be switched off, without them a copy is needed."""
         if not any(True for _ in lora.adapters(self.lm)):
             self.frozen = copy.deepcopy(self.lm).requires_grad_(False)
             if self.autocast:
@@ -162,7 +161,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" takes bfloat16 where the hardware multiplies in it (CUDA from Ampere on, AVX-512 BF16 or AMX), else float32."""
+    """For "auto" bfloat16 where the hardware multiplies in it (CUDA from Ampere on, AVX-512 BF16), else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

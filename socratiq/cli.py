@@ -1,0 +1,99 @@
+"""What the command lines of all scripts share: one-line errors, checked numbers, the arguments every stage has.
+
+Imports neither torch nor transformers, so that --help and a mistyped argument answer at once.
+"""
+
+import argparse
+import math
+import sys
+
+from socratiq.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose help shows defaults and whose errors are one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind=float, above=None, least=None, most=None, below=None):
+    """An argument type: a finite number of this kind between bounds, `above` and `below` exclusive."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
+        bounds = [
+            (above is None or value > above, f"above {above}"),
+            (least is None or value >= least, f"at least {least}"),
+            (below is None or value < below, f"below {below}"),
+            (most is None or value <= most, f"at most {most}"),
+        ]
+        wrong = [rule for holds, rule in bounds if not holds]
+        if wrong or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(wrong) or 'finite'}, not {text}")
+        return value
+
+    return convert
+
+
+positive = number(float, above=0)
+not_negative = number(float, least=0)
+fraction = number(float, least=0, below=1)
+count = number(int, least=1)
+count_or_none = number(int, least=0)
+
+
+def add_run_arguments(parser: Parser, out: str) -> None:
+    """The arguments that every training stage has."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out, help="folder for the model, the logs and the checkpoint")
+    group.add_argument("--seed", type=count_or_none, default=0, help="seed of everything random")
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16"],
+        help="precision of the matrix products; trained weights and losses stay float32 (auto: bfloat16 where fast)",
+    )
+    group.add_argument(
+        "--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from"
+    )
+    group.add_argument(
+        "--restart", action="store_true", help="throw away what --out holds of this stage and begin anew"
+    )
+    group.add_argument(
+        "--skip-nonfinite",
+        type=count_or_none,
+        default=0,
+        metavar="N",
+        help="skip up to N updates whose loss or gradient is not finite, instead of stopping at the first",
+    )
+
+
+def add_model_arguments(parser: Parser, model: str) -> None:
+    """Which model is trained, and how much of it."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        default=model,
+        help='"smollm2", "tiny", a checkpoint folder, or a Hub id such as meta-llama/Llama-3.1-8B',
+    )
+    group.add_argument(
+        "--lora-rank", type=count_or_none, default=16, metavar="R", help="rank of the adapters; 0 trains every weight"
+    )
+    group.add_argument(
+        "--max-prompt-tokens", type=count, default=512, metavar="TOKENS", help="a longer context loses its tail"
+    )
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,158 @@
+"""Stage 1: supervised fine-tuning. A language model learns to answer the prompt with a question of the asked type.
+
+    python train_sft.py                          # smollm2 on the rows that ship, into runs/sft
+    python train_sft.py --data rows.csv --steps 20
+
+Algorithm. For every row, tokens y of the question given the prompt x (text and type):
+
+    loss = - sum_t log pi(y_t | x, y_<t) / (number of question tokens)
+
+summed over all rows of an update, so that a long question weighs more than a short one and splitting the update into
+smaller batches changes nothing.
+
+What differs from the plainest SFT:
+ 1. Only the question and its end-of-sequence token are learnt, never the prompt.
+ 2. Rows are laid end to end, without padding (socratiq/batch.py); inside an update they are sorted by length.
+ 3. The head runs on question positions only.
+ 4. Rows labelled "others" are left out.
+ 5. The best checkpoint by held-out loss is what is saved, not the last.
+"""
+
+from socratiq import cli
+from socratiq.errors import bar, main
+
+
+def parse_arguments():
+    parser = cli.Parser(description="SFT: learn to ask questions from (context, question, type) rows.")
+    cli.add_model_arguments(parser, model="smollm2")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="sample", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
+    data.add_argument(
+        "--eval-rows", type=cli.count, default=128, metavar="ROWS", help="at most so many held-out rows are evaluated"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=cli.count, default=2, help="passes over the rows")
+    training.add_argument("--steps", type=cli.count, default=None, help="updates in all, instead of --epochs")
+    training.add_argument("--batch-size", type=cli.count, default=8, metavar="ROWS", help="rows per forward pass")
+    training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
+    training.add_argument(
+        "--lr", type=cli.positive, default=None, help="peak learning rate (2e-4 with adapters, 2e-5 without)"
+    )
+    training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the updates that warm up")
+    training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
+    cli.add_run_arguments(parser, out="runs/sft")
+    args = parser.parse_args()
+    args.lr = args.lr or (2e-4 if args.lora_rank else 2e-5)
+    return args
+
+
+def run_stage():
+    args = parse_arguments()
+    import math
+    import time
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from socratiq import training
+    from socratiq.batch import make_batch
+    from socratiq.data import load_rows, split_by_context
+    from socratiq.files import replacing
+    from socratiq.losses import sft_loss
+    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.prompts import encode_completion, encode_prompt
+    from socratiq.taxonomy import OTHERS
+
+    # Data: token ids of prompt and question, tokenised apart.
+    rows = [row for row in load_rows(args.data) if row.type != OTHERS]
+    cli.check(bool(rows), f"{args.data}: no rows to learn from; every row is labelled {OTHERS!r}")
+    train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)
+    run = training.Run(args, "sft")
+    if run.finished:
+        return
+    tokenizer = load_tokenizer(args.model)
+
+    def encode(row):
+        prompt = encode_prompt(tokenizer, row.context, row.type, args.max_prompt_tokens)
+        return prompt, encode_completion(tokenizer, row.question)
+
+    train = [encode(row) for row in bar(train_rows, desc="tokenising")]
+    held_out = [encode(row) for row in held_out_rows[: args.eval_rows]]
+
+    # Model and optimiser.
+    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    optimizer = training.make_optimizer(policy, args.lr)
+
+    def batch_of(pairs):
+        return make_batch([prompt for prompt, _ in pairs], [[completion] for _, completion in pairs]).to(policy.device)
+
+    def evaluate():
+        """Mean loss per question token over the held-out rows."""
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(held_out), args.batch_size):
+                batch = batch_of(held_out[start : start + args.batch_size])
+                total += sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask, total=1).item()
+                tokens += int(batch.mask.sum())
+        return total / tokens if tokens else math.nan
+
+    # Loop.
+    window = args.batch_size * args.accumulate
+    per_epoch = math.ceil(len(train) / window)
+    steps = args.steps or args.epochs * per_epoch
+    state = run.load(policy, optimizer)
+    first, best, best_loss = state.get("step", 0), run.out / "best.safetensors", state.get("best_loss")
+    if not state:
+        first_loss = evaluate()
+        run.log(0, **{"eval/loss": first_loss, "eval/perplexity": math.exp(first_loss)})
+    first_loss = state.get("first_loss", None) if state else first_loss
+    progress = bar(total=steps, initial=first, desc="sft")
+    for step in range(first, steps):
+        started = time.perf_counter()
+        epoch, place = divmod(step, per_epoch)
+        chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
+        chosen.sort(key=lambda i: len(train[i][0]) + len(train[i][1]))  # rows of like length share a forward pass
+        tokens = sum(len(train[i][1]) for i in chosen)  # question tokens of the whole update
+        loss = 0.0
+        for start in range(0, len(chosen), args.batch_size):
+            batch = batch_of([train[i] for i in chosen[start : start + args.batch_size]])
+            logprobs = token_logprobs(policy, batch)["logprobs"]  # (B, 1, C)
+            part = sft_loss(logprobs, batch.mask, total=tokens)
+            part.backward()
+            loss += part.item()
+        lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
+        what = {"rows": [train_rows[i].source for i in chosen], "logprobs": logprobs, "input_ids": batch.input_ids}
+        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, what)
+        metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
+
+        if (place + 1 == per_epoch or step + 1 == steps) and held_out:  # the end of an epoch
+            metrics["eval/loss"] = evaluate()
+            metrics["eval/perplexity"] = math.exp(metrics["eval/loss"])
+            if best_loss is None or metrics["eval/loss"] < best_loss:
+                best_loss = metrics["eval/loss"]
+                with replacing(best) as temporary:
+                    save_file({name: x.detach().contiguous() for name, x in policy.trainable().items()}, temporary)
+        run.log(step + 1, **metrics)
+        run.log_time(step + 1, time.perf_counter() - started, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}")
+
+        state = {"step": step + 1, "best_loss": best_loss, "first_loss": first_loss}
+        if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
+            run.save(policy, optimizer, **state)
+        run.leave_if_asked(policy, optimizer, **state)
+    progress.close()
+
+    # Save the best weights.
+    if best.exists():
+        for name, tensor in load_file(best, device=str(policy.device)).items():
+            policy.trainable()[name].data.copy_(tensor)
+    save_policy(policy, tokenizer, run.out, args.model)
+    run.finish(steps=steps, **{"eval/loss first": first_loss, "eval/loss best": best_loss})
+    fell = f"held-out loss {first_loss:.3f} -> {best_loss:.3f} over {steps} updates" if held_out else f"{steps} updates"
+    print(f"sft: {fell}, model in {run.out}. Next: python make_pairs.py --policy {run.out}")
+
+
+if __name__ == "__main__":
+    main(run_stage)
