@@ -27,6 +27,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from socratiq.errors import UserError, warn
+from socratiq.files import read_jsonl
 from socratiq.taxonomy import OTHERS, TYPES, display_name
 
 
@@ -522,3 +523,37 @@ def _place(context: str, seed: int) -> float:
     """Where a context lies between 0 and 1, evenly spread over contexts and reshuffled by the seed."""
     key = " ".join(context.casefold().split())
     return int.from_bytes(hashlib.sha256(f"{seed}\n{key}".encode()).digest()[:6], "big") / 2**48
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A prompt with a better and a worse answer: one line of runs/pairs.jsonl, or of anybody's preference data."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    context: str  # "" if the line has none
+    type: str  # "" if the line has none
+    source: str  # "runs/pairs.jsonl line 12"
+
+
+def load_pairs(path: str) -> list[Pair]:
+    """The pairs of a JSON-lines file, in its order. Raises UserError that names line and field."""
+    if not Path(path).is_file():
+        raise UserError(f"--pairs {path}: no such file; make_pairs.py writes it")
+    pairs = []
+    for number, record in enumerate(read_jsonl(path), 1):
+        place = f"{path} line {number}"
+        for field in ("prompt", "chosen", "rejected"):
+            value = record.get(field)
+            if not isinstance(value, str) or not value.strip():
+                raise UserError(f"{place}: the field {field!r} must be a text that is not empty; mend or remove the line")
+        if record["chosen"] == record["rejected"]:
+            raise UserError(f"{place}: chosen and rejected are the same text; remove the line")
+        context, type = record.get("context") or "", record.get("type") or ""
+        pairs.append(Pair(record["prompt"], record["chosen"], record["rejected"], context, type, place))
+    if not pairs:
+        raise UserError(f"{path}: no pairs in the file; run make_pairs.py")
+    return pairs

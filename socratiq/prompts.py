@@ -1,5 +1,7 @@
 """The one prompt template and the one way to turn text into token ids. SFT, pairs, DPO, PPO and `ask` all come here."""
 
+from socratiq.errors import UserError
+
 # Word for word the template the questions of the task were collected with, its trailing space included.
 TEMPLATE_HEAD = (
     "Below is an instruction that describes a task, paired with an input that provides further context. \n"
@@ -21,16 +23,33 @@ def build_prompt(context: str, type: str) -> str:
 def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[int]:
     """Token ids of the prompt, at most `max_tokens` of them: a long context loses its own tail, never the template.
 
-    One BOS stands in front if this tokenizer adds one by itself. Raises ValueError if the template alone is too long.
+    One BOS stands in front if this tokenizer adds one by itself. Raises UserError if the template alone is too long.
     """
     text = build_prompt(context, type)
     prompt = bos(tokenizer) + plain_ids(tokenizer, text)
     kept = len(context)
     while len(prompt) > max_tokens:  # cutting text, not ids, keeps the tokens the ones this text always has
         if kept == 0:
-            raise ValueError(f"--max-prompt-tokens {max_tokens} is shorter than the template alone ({len(prompt)} tokens)")
+            raise ValueError(
+                f"--max-prompt-tokens {max_tokens} is shorter than the template alone ({len(prompt)} tokens)"
+            )
         kept = max(0, min(kept - 1, int(kept * max_tokens / len(prompt))))
         prompt = bos(tokenizer) + plain_ids(tokenizer, build_prompt(context[:kept].rstrip(), type))
+    return prompt
+
+
+def encode_pair_prompt(tokenizer, pair, max_tokens: int) -> list[int]:
+    """Token ids of a pair's prompt. One that make_pairs.py built can lose the tail of its context; a foreign one cannot.
+
+    Raises UserError if a foreign prompt is longer than `max_tokens`.
+    """
+    if pair.context and pair.prompt == build_prompt(pair.context, pair.type):
+        return encode_prompt(tokenizer, pair.context, pair.type, max_tokens)
+    prompt = bos(tokenizer) + plain_ids(tokenizer, pair.prompt)
+    if len(prompt) > max_tokens:
+        raise UserError(
+            f"{pair.source}: the prompt has {len(prompt)} tokens; raise --max-prompt-tokens or remove the line"
+        )
     return prompt
 
 

@@ -1,0 +1,208 @@
+"""Stage 3: direct preference optimisation. The model learns to prefer questions of the asked type.
+
+    python train_dpo.py                          # runs/sft and runs/pairs.jsonl into runs/dpo
+
+Algorithm (Rafailov et al. 2023, eq. 7). For every pair of a chosen and a rejected question y_w, y_l to a prompt x:
+
+    loss = - log sigmoid( beta * [ log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x) ] )
+
+with log pi(y|x) the sum over the tokens of y, and pi_ref the model as it was before this stage.
+
+What differs from the paper:
+ 1. Both questions of a pair hang on one prompt, which is run once (socratiq/batch.py).
+ 2. The reference's log-probs are computed once, before the first update, by the model itself: it *is* the reference
+    then. They are kept in reference.safetensors; no second model is ever in memory.
+ 3. Options: label smoothing (conservative DPO), the IPO and hinge losses, and an SFT term on the chosen question
+    against the known drift in which both log-probs fall and the chosen one merely falls less (watch logps/chosen).
+ 4. With --loss ipo the log-probs are means per token, not sums, so that length does not set the scale.
+"""
+
+from socratiq import cli
+from socratiq.errors import bar, main
+
+
+def parse_arguments():
+    parser = cli.Parser(description="DPO: learn to prefer the chosen over the rejected question of each pair.")
+    cli.add_model_arguments(parser, model="runs/sft")
+    data = parser.add_argument_group("data")
+    data.add_argument("--pairs", default="runs/pairs.jsonl", help="JSON lines with prompt, chosen and rejected")
+    data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
+    data.add_argument(
+        "--eval-rows", type=cli.count, default=128, metavar="PAIRS", help="at most so many held-out pairs are evaluated"
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--loss", default="sigmoid", choices=["sigmoid", "ipo", "hinge"], help="kind of preference loss"
+    )
+    training.add_argument(
+        "--beta", type=cli.positive, default=0.1, help="how strongly the policy is tied to the reference"
+    )
+    training.add_argument(
+        "--label-smoothing",
+        type=cli.number(float, least=0, below=0.5),
+        default=0.0,
+        help="share of labels taken to be wrong",
+    )
+    training.add_argument(
+        "--sft-coef", type=cli.not_negative, default=0.0, help="weight of an SFT loss on the chosen question"
+    )
+    training.add_argument("--epochs", type=cli.count, default=1, help="passes over the pairs")
+    training.add_argument("--steps", type=cli.count, default=None, help="updates in all, instead of --epochs")
+    training.add_argument("--batch-size", type=cli.count, default=8, metavar="PAIRS", help="pairs per forward pass")
+    training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
+    training.add_argument(
+        "--lr", type=cli.positive, default=None, help="peak learning rate (5e-5 with adapters, 5e-6 without)"
+    )
+    training.add_argument("--warmup", type=cli.fraction, default=0.1, help="share of the updates that warm up")
+    training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
+    cli.add_run_arguments(parser, out="runs/dpo")
+    args = parser.parse_args()
+    args.lr = args.lr or (5e-5 if args.lora_rank else 5e-6)
+    return args
+
+
+def run_stage():
+    args = parse_arguments()
+    import math
+    import time
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from socratiq import training
+    from socratiq.batch import make_batch
+    from socratiq.data import load_pairs, split_by_context
+    from socratiq.files import replacing
+    from socratiq.losses import dpo_loss, sequence_logps, sft_loss
+    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.prompts import encode_completion, encode_pair_prompt
+
+    # Data: token ids of prompt, chosen and rejected.
+    train_pairs, held_out_pairs = split_by_context(load_pairs(args.pairs), args.held_out, args.seed)
+    run = training.Run(args, "dpo")
+    if run.finished:
+        return
+    tokenizer = load_tokenizer(args.model)
+    pairs = train_pairs + held_out_pairs[: args.eval_rows]
+    encoded = [
+        (
+            encode_pair_prompt(tokenizer, pair, args.max_prompt_tokens),
+            [encode_completion(tokenizer, pair.chosen), encode_completion(tokenizer, pair.rejected)],
+        )
+        for pair in bar(pairs, desc="tokenising")
+    ]
+    train, held_out = range(len(train_pairs)), range(len(train_pairs), len(pairs))
+
+    # Model and optimiser.
+    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    optimizer = training.make_optimizer(policy, args.lr)
+
+    def forward(chosen):
+        """Log-probs of the two questions of these pairs: per completion (B, 2), and per token with their mask."""
+        batch = make_batch([encoded[i][0] for i in chosen], [encoded[i][1] for i in chosen]).to(policy.device)
+        logprobs = token_logprobs(policy, batch)["logprobs"]  # (B, 2, C)
+        return sequence_logps(logprobs, batch.mask, average=args.loss == "ipo"), logprobs, batch
+
+    # The reference, once: before its first update the policy is the reference.
+    reference_file = run.out / "reference.safetensors"
+    if args.restart or not reference_file.exists():
+        reference_logps = torch.empty(len(pairs), 2)
+        with torch.no_grad():
+            for start in bar(range(0, len(pairs), args.batch_size), desc="reference"):
+                chosen = range(start, min(start + args.batch_size, len(pairs)))
+                reference_logps[chosen.start : chosen.stop] = forward(chosen)[0].cpu()
+        with replacing(reference_file) as temporary:
+            save_file({"logps": reference_logps}, temporary)
+    reference_logps = load_file(reference_file)["logps"].to(policy.device)  # (pairs, 2)
+
+    def preference(chosen):
+        """Losses (B,) of these pairs and the figures worth logging, each (B,)."""
+        logps, logprobs, batch = forward(chosen)
+        reference = reference_logps[list(chosen)]
+        losses, chosen_rewards, rejected_rewards = dpo_loss(
+            logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], args.beta, args.label_smoothing, args.loss
+        )
+        figures = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "logps/chosen": logps[:, 0].detach(),
+            "logps/rejected": logps[:, 1].detach(),
+        }
+        return losses, figures, logprobs, batch
+
+    def evaluate():
+        """Means over the held-out pairs."""
+        parts = []
+        with torch.no_grad():
+            for start in range(held_out.start, held_out.stop, args.batch_size):
+                losses, figures, _, _ = preference(range(start, min(start + args.batch_size, held_out.stop)))
+                parts.append({"loss": losses, **figures})
+        return {f"eval/{name}": torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+
+    # Loop.
+    window = args.batch_size * args.accumulate
+    per_epoch = math.ceil(len(train) / window)
+    steps = args.steps or args.epochs * per_epoch
+    state = run.load(policy, optimizer)
+    evaluation = state.get("evaluation", {})
+    if not state and held_out:
+        evaluation = evaluate()  # the first DPO loss is ln 2: policy and reference are the same
+        run.log(0, **evaluation)
+    progress = bar(total=steps, initial=state.get("step", 0), desc="dpo")
+    for step in range(state.get("step", 0), steps):
+        started = time.perf_counter()
+        epoch, place = divmod(step, per_epoch)
+        chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
+        chosen.sort(key=lambda i: len(encoded[i][0]))
+        chosen_tokens = sum(len(encoded[i][1][0]) for i in chosen)
+        loss, sums = 0.0, {}
+        for start in range(0, len(chosen), args.batch_size):
+            losses, figures, logprobs, batch = preference(chosen[start : start + args.batch_size])
+            part = losses.sum() / len(chosen)
+            if args.sft_coef:
+                part = part + args.sft_coef * sft_loss(logprobs[:, 0], batch.mask[:, 0], total=chosen_tokens)
+            part.backward()
+            loss += part.item()
+            sums = {name: sums.get(name, 0) + x.sum() / len(chosen) for name, x in figures.items()}
+        lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
+        what = {
+            "rows": [pairs[i].source for i in chosen],
+            "losses": losses,
+            "logprobs": logprobs,
+            "input_ids": batch.input_ids,
+        }
+        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, what)
+        metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch, **sums}
+        if (place + 1 == per_epoch or step + 1 == steps) and held_out:
+            evaluation = evaluate()
+            metrics |= evaluation
+        run.log(step + 1, **metrics)
+        run.log_time(
+            step + 1,
+            time.perf_counter() - started,
+            sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen),
+        )
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}", margin=f"{sums['rewards/margins']:.3f}")
+
+        state = {"step": step + 1, "evaluation": evaluation}
+        if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
+            run.save(policy, optimizer, **state)
+        run.leave_if_asked(policy, optimizer, **state)
+    progress.close()
+
+    save_policy(policy, tokenizer, run.out, args.model)
+    run.finish(steps=steps, **evaluation)
+    learnt = f"{steps} updates"
+    if held_out:
+        learnt = (
+            f"held-out margin {evaluation['eval/rewards/margins']:.3f}, "
+            f"accuracy {evaluation['eval/rewards/accuracies']:.0%} after {steps} updates"
+        )
+    print(f"dpo: {learnt}, model in {run.out}. Next: python train_ppo.py --model {run.out}")
+
+
+if __name__ == "__main__":
+    main(run_stage)
