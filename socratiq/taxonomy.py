@@ -8,6 +8,7 @@ The table is a start, not a fence: a label that it does not know becomes a type 
 """
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -111,6 +112,7 @@ _NAMES |= {_key(spelling): OTHERS for spelling in (OTHERS, "other")}
 _DEFINITIONS = {kind.name: kind.definition for kind in TYPES}
 
 
+@lru_cache
 def display_name(label: str) -> str:
     """The display name for any spelling of a label; applying it twice changes nothing.
 

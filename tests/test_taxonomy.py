@@ -1,0 +1,67 @@
+"""The table of question types: nine of them, found under any spelling."""
+
+import pytest
+
+from socratiq.taxonomy import OTHERS, TYPES, definition, display_name
+
+NAMES = [kind.name for kind in TYPES]
+
+
+def test_nine_types_with_words_of_their_own():
+    assert NAMES == [
+        "Cause to effect",
+        "Analogy",
+        "Fear appeal",
+        "Expert opinion",
+        "Clarity",
+        "Assumptions",
+        "Reasons and evidence",
+        "Implications and consequences",
+        "Alternate viewpoints and perspectives",
+    ]
+    for kind in TYPES:
+        assert kind.definition.startswith("Asks ") and kind.definition.endswith(".")
+        assert kind.example.endswith("?") and kind.example.count("?") == 1
+        assert definition(kind.name) == kind.definition
+    assert len({kind.definition for kind in TYPES}) == len({kind.example for kind in TYPES}) == 9
+
+
+def test_no_spelling_belongs_to_two_types():
+    for kind in TYPES:
+        for spelling in (kind.name, *kind.spellings):
+            assert display_name(spelling) == kind.name
+
+
+@pytest.mark.parametrize(
+    "label, name",
+    [
+        ("CauseToEffect", "Cause to effect"),
+        ("FearAppeal", "Fear appeal"),
+        ("ExpertOpinion", "Expert opinion"),
+        ("reasons_evidence", "Reasons and evidence"),
+        ("implication_consequences", "Implications and consequences"),
+        ("alternate_viewpoints_perspectives", "Alternate viewpoints and perspectives"),
+        ("  cause-to EFFECT ", "Cause to effect"),
+        ("REASONS & EVIDENCE", "Reasons and evidence"),
+        ("Reasons/Evidence", "Reasons and evidence"),
+        ("others", OTHERS),
+        ("Other", OTHERS),
+        # types that only a data set knows
+        ("MoralAppeal", "Moral appeal"),
+        ("moral_appeal", "Moral appeal"),
+        ("MORAL_APPEAL", "Moral appeal"),
+        ("moral-appeal", "Moral appeal"),
+        ("QA", "QA"),
+        ("état_final", "État final"),
+        ("ursache", "Ursache"),
+        ("", ""),
+        ("  ?! ", "?!"),
+    ],
+)
+def test_display_name(label, name):
+    assert display_name(label) == name
+    assert display_name(name) == name
+
+
+def test_unknown_types_and_others_have_no_definition():
+    assert definition("Moral appeal") == definition(OTHERS) == ""
