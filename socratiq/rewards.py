@@ -1,0 +1,47 @@
+"""The reward that PPO maximises: the scorer, or a function of the user's own."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import torch
+
+from socratiq.errors import UserError
+from socratiq.scorer import Scorer
+
+
+class Reward:
+    """Called with (contexts, questions, types), gives the rewards (N,) and, by name, the parts they are made of."""
+
+    def __init__(self, function, types: list[str]):
+        self.function, self.types = function, types
+
+    def __call__(self, contexts, questions, types):
+        rewards, parts = self.function(contexts, questions, types)
+        rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        if rewards.shape != (len(questions),):
+            raise UserError(f"the reward function gave {tuple(rewards.shape)} numbers for {len(questions)} questions")
+        return rewards, parts
+
+
+def load_reward(name: str | None, scorer_folder: str, policy, tokenizer) -> Reward:
+    """The scorer's reward, or `module:function` found from the folder one is in. Raises UserError if there is none."""
+    scorer = Scorer.load(scorer_folder)
+    if name is None:
+
+        def by_scorer(contexts, questions, types):
+            parts = scorer.components(contexts, questions, types)
+            return torch.stack(list(parts.values())).prod(0), parts
+
+        return Reward(by_scorer, scorer.types)
+    module_name, colon, function_name = name.partition(":")
+    if not colon:
+        raise UserError(f"--reward {name}: expected MODULE:FUNCTION, such as my_reward:reward")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--reward {name}: {error}") from None
+    return Reward(lambda *columns: (function(*columns), {}), scorer.types)

@@ -1,0 +1,323 @@
+"""Stage 4: proximal policy optimisation. The model learns to ask questions that the scorer rewards.
+
+    python train_ppo.py                          # runs/dpo and runs/scorer into runs/ppo
+
+Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One iteration:
+
+ 1. Prompts: contexts of the training split, each with a type drawn at random.
+ 2. Rollout: K questions a prompt, temperature 1, the full distribution.
+ 3. Score: the reward of each question in 0..1, less a penalty if the end-of-sequence token is missing.
+ 4. Old log-probs and values from the policy, log-probs from the frozen reference, by the forward that trains.
+ 5. Rewards per token: - kl_coef * (log pi - log pi_ref), the score added on the last. Advantages by GAE, whitened.
+ 6. Update: a few epochs over minibatches, clipped policy loss + vf_coef * clipped value loss.
+
+What differs from the usual implementation:
+ 1. Policy and value share one trunk and one forward pass; the value head is a single linear layer that starts at zero.
+ 2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
+ 3. The K questions of a prompt share its computation, in sampling and in training (socratiq/batch.py).
+ 4. Rewards are not whitened, advantages are. Dropout is off. Adam's epsilon is 1e-5.
+ 5. An update stops early when the approximate KL from the rollout's policy exceeds --target-kl.
+"""
+
+from socratiq import cli
+from socratiq.errors import bar, main
+
+
+def parse_arguments():
+    parser = cli.Parser(
+        description="PPO: learn to ask questions that the scorer rewards, near the model one began with."
+    )
+    cli.add_model_arguments(parser, model="runs/dpo")
+    data = parser.add_argument_group("data and reward")
+    data.add_argument(
+        "--data", default="sample", help='whose contexts are asked about: "sample", "socratiq", a file, a folder'
+    )
+    data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
+    data.add_argument("--scorer", default="runs/scorer", help="folder of the scorer that gives the reward")
+    data.add_argument(
+        "--reward",
+        default=None,
+        metavar="MODULE:FUNCTION",
+        help="a reward of your own: f(contexts, questions, types) -> floats",
+    )
+    data.add_argument(
+        "--missing-eos-penalty", type=cli.not_negative, default=1.0, help="taken off the score without an end"
+    )
+    rollout = parser.add_argument_group("rollout")
+    rollout.add_argument("--batch-size", type=cli.count, default=16, metavar="PROMPTS", help="prompts per iteration")
+    rollout.add_argument("--samples-per-prompt", type=cli.count, default=4, metavar="K", help="questions per prompt")
+    rollout.add_argument("--max-new-tokens", type=cli.count, default=48, metavar="TOKENS", help="longest question")
+    rollout.add_argument("--temperature", type=cli.positive, default=1.0, help="of rollout, reference and update alike")
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--steps", type=cli.count, default=30, metavar="ITERATIONS", help="rollouts, each with its update"
+    )
+    training.add_argument("--ppo-epochs", type=cli.count, default=2, help="passes over each rollout")
+    training.add_argument("--minibatches", type=cli.count, default=2, metavar="N", help="optimiser steps per pass")
+    training.add_argument(
+        "--lr", type=cli.positive, default=None, help="peak learning rate (1e-4 with adapters, 5e-6 without)"
+    )
+    training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the iterations that warm up")
+    training.add_argument(
+        "--clip", type=cli.positive, default=0.2, help="range of the ratio, and of the value's change"
+    )
+    training.add_argument("--vf-coef", type=cli.not_negative, default=0.1, help="weight of the value loss")
+    training.add_argument("--gamma", type=cli.number(float, above=0, most=1), default=1.0, help="discount per token")
+    training.add_argument("--lam", type=cli.number(float, least=0, most=1), default=0.95, help="lambda of GAE")
+    training.add_argument(
+        "--kl-coef", type=cli.not_negative, default=0.05, help="price of a nat of KL to the reference"
+    )
+    training.add_argument(
+        "--kl-target",
+        type=cli.positive,
+        default=None,
+        metavar="NATS",
+        help="adapt --kl-coef towards this KL per question",
+    )
+    training.add_argument("--kl-horizon", type=cli.positive, default=2000, metavar="SAMPLES", help="how fast it adapts")
+    training.add_argument(
+        "--target-kl", type=cli.positive, default=0.1, metavar="NATS", help="approximate KL that ends an update"
+    )
+    training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
+    training.add_argument(
+        "--eval-every", type=cli.count, default=10, metavar="ITERATIONS", help="between held-out figures"
+    )
+    training.add_argument(
+        "--eval-prompts", type=cli.count, default=32, metavar="PROMPTS", help="held-out prompts evaluated"
+    )
+    cli.add_run_arguments(parser, out="runs/ppo")
+    parser.set_defaults(checkpoint_every=1)
+    args = parser.parse_args()
+    args.lr = args.lr or (1e-4 if args.lora_rank else 5e-6)
+    return args
+
+
+def run_stage():
+    args = parse_arguments()
+    import math
+    import time
+    from typing import NamedTuple
+
+    import torch
+
+    from socratiq import losses, training
+    from socratiq.batch import make_batch
+    from socratiq.data import load_rows, split_by_context
+    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.prompts import decode, encode_prompt
+    from socratiq.rewards import load_reward
+    from socratiq.sampling import sample
+
+    class Rollout(NamedTuple):
+        """What one iteration learns from: B prompts, K questions each, at most C tokens."""
+
+        prompts: list  # B lists of token ids
+        completions: list  # [b][k] lists of token ids
+        old_logprobs: torch.Tensor  # (B, K, C) by the policy that wrote them
+        values: torch.Tensor  # (B, K, C) by that policy's value head
+        advantages: torch.Tensor  # (B, K, C) whitened
+        returns: torch.Tensor  # (B, K, C) what the value head should have said
+        mask: torch.Tensor  # (B, K, C)
+
+    # Data: contexts only; the questions are the model's own.
+    train_rows, held_out_rows = split_by_context(load_rows(args.data), args.held_out, args.seed)
+    run = training.Run(args, "ppo")
+    if run.finished:
+        return
+    train_contexts = list(dict.fromkeys(row.context for row in train_rows))
+    held_out_contexts = list(dict.fromkeys(row.context for row in held_out_rows))
+
+    # Model, reward, optimiser.
+    tokenizer = load_tokenizer(args.model)
+    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, value_head=True, seed=args.seed)
+    policy.keep_reference()
+    reward = load_reward(args.reward, args.scorer, policy, tokenizer)
+    optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
+    kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
+
+    def draw_prompts(contexts, count, *purpose):
+        """`count` (context, type) tasks, drawn anew for each purpose; no context twice before all were used."""
+        draw = training.generator(args.seed, *purpose)
+        order = torch.cat([torch.randperm(len(contexts), generator=draw) for _ in range(-(-count // len(contexts)))])
+        types = torch.randint(len(reward.types), (count,), generator=draw).tolist()
+        return [(contexts[i], reward.types[t]) for i, t in zip(order.tolist(), types, strict=False)]
+
+    def ask(tasks, *purpose, temperature=args.temperature, samples=args.samples_per_prompt):
+        """Steps 2 and 3: questions to the tasks, as ids and text, their scores (B, K), and the parts of the scores."""
+        prompts = [encode_prompt(tokenizer, context, type, args.max_prompt_tokens) for context, type in tasks]
+        seeds = [training.derive_seed(args.seed, *purpose, b) for b in range(len(prompts))]
+        completions = sample(
+            policy, prompts, samples, args.max_new_tokens, tokenizer.eos_token_id, temperature=temperature, seeds=seeds
+        )
+        questions = [decode(tokenizer, ids) for row in completions for ids in row]
+        contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
+        scores, parts = reward(list(contexts), questions, list(types))
+        return prompts, completions, questions, scores.view(len(tasks), samples), parts
+
+    def batches(prompts, completions, size):
+        """(rows, batch) of consecutive rows, `size` at a time."""
+        for start in range(0, len(prompts), size):
+            rows = slice(start, start + size)
+            yield rows, make_batch(prompts[rows], completions[rows]).to(policy.device)
+
+    def evaluate(step):
+        """Mean score on held-out contexts; the same tasks and random numbers every time."""
+        tasks = draw_prompts(held_out_contexts, args.eval_prompts, "eval tasks")
+        _, completions, questions, scores, _ = ask(tasks, "eval samples", samples=1)
+        for (context, type), question, score in zip(tasks[:8], questions, scores.flatten().tolist(), strict=False):
+            run.sample(
+                step=step, split="held_out", type=type, context=context, question=question, score=round(score, 4)
+            )
+        ended = [ids[-1] == tokenizer.eos_token_id for row in completions for ids in row]
+        return {"eval/scores": scores.mean(), "eval/eos_rate": sum(ended) / len(ended)}
+
+    # Loop.
+    minibatch = math.ceil(args.batch_size / args.minibatches)  # prompts
+    state = run.load(policy, optimizer)
+    kl_control.value = state.get("kl_coef", kl_control.value)
+    evaluation, history = state.get("evaluation", {}), state.get("history", [])
+    if not state and held_out_contexts:
+        evaluation = {name: float(x) for name, x in evaluate(0).items()}
+        run.log(0, **evaluation)
+    progress = bar(total=args.steps, initial=state.get("step", 0), desc="ppo")
+    for step in range(state.get("step", 0), args.steps):
+        started = time.perf_counter()
+
+        # 1. Prompts. 2. Questions. 3. Scores.
+        tasks = draw_prompts(train_contexts, args.batch_size, "tasks", step)
+        prompts, completions, questions, raw_scores, parts = ask(tasks, "samples", step)
+        if not raw_scores.isfinite().all():
+            bad = (~raw_scores.flatten().isfinite()).nonzero()[0].item()
+            training.refuse(
+                run, step + 1, f"reward {raw_scores.flatten()[bad]} for {questions[bad]!r}", {"scores": raw_scores}
+            )
+            continue
+        everything = make_batch(prompts, completions).to(policy.device)
+        tokens, mask = everything.tokens, everything.mask  # (B, K, C)
+        raw_scores = raw_scores.to(policy.device)
+        scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
+
+        # 4. Log-probs of policy and reference, values.
+        old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}
+        with torch.no_grad():
+            for rows, batch in batches(prompts, completions, minibatch):
+                length = batch.mask.shape[-1]
+                for name, x in token_logprobs(policy, batch, args.temperature).items():
+                    old[name][rows, :, :length] = x
+                with policy.reference():
+                    old["reference"][rows, :, :length] = token_logprobs(policy, batch, args.temperature)["logprobs"]
+
+        # 5. Rewards and advantages.
+        kl_coef = kl_control.value
+        rewards = losses.shape_rewards(scores, old["logprobs"], old["reference"], mask, kl_coef)
+        advantages, returns = losses.gae(rewards, old["values"], mask, args.gamma, args.lam)
+        advantages = losses.whiten(advantages, mask)
+        rollout = Rollout(prompts, completions, old["logprobs"], old["values"], advantages, returns, mask)
+
+        # 6. Update.
+        lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)
+        seen = []
+        for epoch in range(args.ppo_epochs):
+            order = torch.randperm(
+                len(prompts), generator=training.generator(args.seed, "minibatches", step, epoch)
+            ).tolist()
+            for start in range(0, len(prompts), minibatch):
+                chosen = order[start : start + minibatch]
+                batch = make_batch([prompts[i] for i in chosen], [completions[i] for i in chosen]).to(policy.device)
+                length = batch.mask.shape[-1]
+
+                def part(name, rollout=rollout, chosen=chosen, length=length):
+                    return getattr(rollout, name)[chosen, :, :length]
+
+                new = token_logprobs(policy, batch, args.temperature)
+                policy_loss, clipfrac = losses.policy_loss(
+                    new["logprobs"], part("old_logprobs"), part("advantages"), batch.mask, args.clip
+                )
+                value_loss, value_clipfrac = losses.value_loss(
+                    new["values"], part("values"), part("returns"), batch.mask, args.clip
+                )
+                loss = policy_loss + args.vf_coef * value_loss
+                loss.backward()
+                what = {
+                    "rows": chosen,
+                    "logprobs": new["logprobs"],
+                    "values": new["values"],
+                    "advantages": part("advantages"),
+                    "input_ids": batch.input_ids,
+                }
+                norm = training.update(run, policy, optimizer, step + 1, lr, loss.detach(), args.max_grad_norm, what)
+                with torch.no_grad():
+                    moved = losses.kl_estimate(part("old_logprobs"), new["logprobs"], "k3", batch.mask)  # old to new
+                    ratio = (new["logprobs"] - part("old_logprobs")).exp()
+                    seen.append(
+                        {
+                            "policy/approxkl": losses.masked_mean(moved, batch.mask),
+                            "policy/clipfrac": clipfrac,
+                            "policy/loss": policy_loss.detach(),
+                            "val/loss": value_loss.detach(),
+                            "val/clipfrac": value_clipfrac,
+                            "val/ratio": losses.masked_mean(ratio, batch.mask),
+                            "grad_norm": norm,
+                        }
+                    )
+                if seen[-1]["policy/approxkl"] > args.target_kl:
+                    break
+            else:
+                continue
+            break  # out of both loops: the policy has moved far enough from the one that wrote the questions
+
+        # Figures.
+        kl = losses.kl_estimate(old["logprobs"], old["reference"], "k1", mask).sum(-1).mean()  # nats per question
+        k3 = losses.kl_estimate(old["logprobs"], old["reference"], "k3", mask).sum(-1).mean()
+        metrics = {name: torch.stack([figures[name] for figures in seen]).mean() for name in seen[0]}
+        metrics |= {
+            "objective/kl": kl,
+            "objective/kl_k3": k3,
+            "objective/kl_coef": kl_coef,
+            "objective/scores": raw_scores.mean(),
+            "objective/scores_std": raw_scores.std() if raw_scores.numel() > 1 else 0.0,
+            "objective/rlhf_reward": rewards.sum(-1).mean(),
+            "objective/entropy": losses.masked_mean(old["entropy"], mask),
+            "val/explained_variance": losses.explained_variance(old["values"], returns, mask),
+            "eos_rate": ((tokens == tokenizer.eos_token_id) & mask.bool()).any(-1).float().mean(),
+            "length": mask.sum(-1).mean(),
+            "learning_rate": lr,
+            "updates": len(seen),
+            **{f"reward/{name}": x.mean() for name, x in parts.items()},
+        }
+        if args.kl_target:
+            kl_control.update(kl, samples=raw_scores.numel())
+        if held_out_contexts and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
+            evaluation = {name: float(x) for name, x in evaluate(step + 1).items()}
+            metrics |= evaluation
+        run.log(step + 1, **metrics)
+        best_first = raw_scores.flatten().argsort(descending=True).tolist()
+        for i in (best_first[0], best_first[len(best_first) // 2], best_first[-1]):  # best, median, worst
+            context, type = tasks[i // args.samples_per_prompt]
+            score = round(raw_scores.flatten()[i].item(), 4)
+            run.sample(step=step + 1, split="train", type=type, context=context, question=questions[i], score=score)
+            if step % 5 == 0 or step + 1 == args.steps:
+                progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {questions[i]}")
+        run.log_time(step + 1, time.perf_counter() - started, int(mask.sum()) + sum(map(len, prompts)))
+        progress.update()
+        progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
+
+        history.append(raw_scores.mean().item())
+        state = {"step": step + 1, "kl_coef": kl_control.value, "evaluation": evaluation, "history": history}
+        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
+            run.save(policy, optimizer, **state)
+        run.leave_if_asked(policy, optimizer, **state)
+    progress.close()
+
+    save_policy(policy, tokenizer, run.out, args.model)
+    quarter = max(1, len(history) // 4)
+    first, last = sum(history[:quarter]) / quarter, sum(history[-quarter:]) / quarter
+    run.finish(steps=args.steps, scores_first_quarter=first, scores_last_quarter=last, **evaluation)
+    print(
+        f"ppo: mean score {first:.3f} in the first quarter, {last:.3f} in the last, model in {run.out}. "
+        f"Next: python -m socratiq.report {run.out.parent}"
+    )
+
+
+if __name__ == "__main__":
+    main(run_stage)
