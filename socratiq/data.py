@@ -3,10 +3,10 @@
     rows = load_rows("questions.csv")
     train, held_out = split_by_context(rows, held_out=0.1, seed=0)
 
-Parquet files and data sets of the Hugging Face Hub are read through `datasets`. csv and json are read with the standard
-library instead: the readers behind `datasets` guess (1.50 becomes a number, "2020-01-01" a date), move every column by
-one where all rows have a field too many, and cannot say in which row a file is broken. Whatever is wrong here ends
-as one UserError that names file, row, field and mend. Nothing is cached, so a changed file is read anew.
+Data sets of the Hugging Face Hub are read through `datasets`, files with the standard library and pyarrow: the readers
+of files in `datasets` guess (1.50 becomes a number, "2020-01-01" a date), move every column by one where all rows have
+a field too many, cannot say in which row a file is broken, and keep copies. Here, whatever is wrong ends as one
+UserError that names file, row, field and mend, and a changed file is read anew.
 """
 
 import csv
@@ -413,38 +413,35 @@ def _record(value, place: str) -> dict:
     return value
 
 
-def _datasets():
-    """The package `datasets`, told to keep quiet: what goes wrong becomes our one line, and bars need a terminal."""
-    import datasets
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity(logging.CRITICAL)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    return datasets
-
-
 def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, dict]]:
-    datasets = _datasets()
-    try:  # streaming reads batch by batch and leaves no copy behind
-        table = datasets.load_dataset(
-            "parquet", data_files=datasets.data_files.sanitize_patterns(str(path)), streaming=True
-        )
-        yield from _read_table(table["train"], name)
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's and datasets' errors have no common base
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.ParquetFile(path)
+        columns = list(_choose_columns(name, tuple(table.schema_arrow.names)).values())
+        notes = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # written by `datasets`
+        features = notes.get("info", {}).get("features", {})
+        classes = {column: features.get(column, {}).get("names") for column in columns}
+        batches = table.iter_batches(batch_size=1000, columns=columns)
+        for number, record in enumerate((record for batch in batches for record in batch.to_pylist()), 1):
+            yield f"{name} row {number}", _with_class_names(record, classes)
+    except ArrowException as error:
         raise UserError(f"{name}: not a parquet file that can be read ({_first_line(error)}); write it anew") from None
 
 
 def _read_hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
     """A data set of the Hub, kept in the Hub's own cache. All its splits one after the other, or the named one."""
-    datasets = _datasets()
+    import datasets
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong becomes our one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     repository, _, configuration = source.partition(":")
     try:
         splits = datasets.load_dataset(repository, configuration or None)
-    except Exception as error:
+    except Exception as error:  # of many kinds, from several packages
         if "Config name is missing" in str(error):
             names = ", ".join(datasets.get_dataset_config_names(repository))
             raise UserError(f"{source}: has several configurations; name one as {source}:NAME ({names})") from None
@@ -454,23 +451,20 @@ def _read_hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
         ) from None
     if split is not None and split not in splits:
         raise UserError(f"{source}: has no split {split!r}; choose one of {', '.join(splits)}")
-    for name in [split] if split else splits:
-        yield from _read_table(splits[name], f"{source} {name}")
+    for part in [split] if split else splits:
+        name, table = f"{source} {part}", splits[part]
+        columns = list(_choose_columns(name, tuple(table.column_names)).values())
+        classes = {column: getattr(table.features[column], "names", None) for column in columns}
+        for number, record in enumerate(table.select_columns(columns), 1):
+            yield f"{name} row {number}", _with_class_names(record, classes)
 
 
-def _read_table(table, name: str) -> Iterator[tuple[str, dict]]:
-    """The records of a `datasets` table; only columns that could be a field, numbered classes as their names."""
-    wanted = {column for choices in (*COLUMNS.values(), PAIRED_COLUMNS) for column in choices}
-    all_columns = list(table.features or {})
-    columns = [column for column in all_columns if column.strip().lower() in wanted]
-    if not columns:
-        _choose_columns(name, tuple(all_columns))  # raises
-    classes = {column: table.features[column] for column in columns if hasattr(table.features[column], "int2str")}
-    for number, record in enumerate(table.select_columns(columns), 1):
-        for column, feature in classes.items():
-            if isinstance(record[column], int):
-                record[column] = feature.int2str(record[column]) if record[column] >= 0 else None  # -1: no label
-        yield f"{name} row {number}", record
+def _with_class_names(record: dict, classes: dict) -> dict:
+    """`datasets` stores a class as a number; put its name there, or None for -1, which means no label."""
+    for column, names in classes.items():
+        if names and isinstance(record[column], int):
+            record[column] = names[record[column]] if 0 <= record[column] < len(names) else None
+    return record
 
 
 def _first_line(error: Exception) -> str:
@@ -549,7 +543,9 @@ def load_pairs(path: str) -> list[Pair]:
         for field in ("prompt", "chosen", "rejected"):
             value = record.get(field)
             if not isinstance(value, str) or not value.strip():
-                raise UserError(f"{place}: the field {field!r} must be a text that is not empty; mend or remove the line")
+                raise UserError(
+                    f"{place}: the field {field!r} must be a text that is not empty; mend or remove the line"
+                )
         if record["chosen"] == record["rejected"]:
             raise UserError(f"{place}: chosen and rejected are the same text; remove the line")
         context, type = record.get("context") or "", record.get("type") or ""
