@@ -187,7 +187,9 @@ class OpenAIWriter:
         """One answer, over as many tries as the transport needs."""
         size = len(json.dumps(request.body["messages"], ensure_ascii=False).encode())
         for retry in range(self.max_retries + 1):
-            self._wait(self.pause_until - time.monotonic())
+            while (pause := self.pause_until - time.monotonic()) > 0:  # another thread may prolong it meanwhile
+                self._wait(pause)
+            self._wait(0)
             reserved = self.budget.open(size // 2, self.max_tokens)  # never fewer tokens than the text has
             try:
                 answer = read_completion(

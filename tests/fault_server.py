@@ -137,7 +137,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {"object": "list", "data": []})
 
     def do_POST(self):
-        raw = self.rfile.read(int(self.headers.get("content-length", 0)))
+        length = int(self.headers.get("content-length", 0))
+        raw = self.rfile.read(length)
+        if len(raw) < length:  # the client was killed while it was asking
+            self.close_connection = True
+            return
         body = json.loads(raw or b"{}")
         play = self.play
         with play.lock:
