@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from socratiq import distributed
 from socratiq.errors import Stopped, UserError, warn
 from socratiq.files import append_jsonl, atomic_write, remove, replacing, to_json
 
@@ -43,22 +44,28 @@ class Run:
         self.started = time.perf_counter()
         self.stopping = 0  # the signal that asked us to stop
         self.skipped = 0  # updates skipped for a non-finite number
-        if args.restart:
+        self.finished = distributed.first(self._open)
+        if self.finished:
+            print(f"{self.out} is finished already; --restart begins anew")
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _open(self) -> bool:
+        """Make the folder ready, or refuse it. Returns whether the run in it is finished."""
+        restart = self.arguments["restart"]
+        if restart:
             for name in ("train_args.json", "summary.json", "checkpoint.safetensors", "best.safetensors", *LOGS):
                 remove(self.out / name)
         known = self.out / "train_args.json"
         if known.exists():
             self._compare(json.loads(known.read_text()))
-        elif self.out.exists() and (not self.out.is_dir() or any(self.out.glob("[!.]*"))) and not args.restart:
-            raise UserError(f"--out {self.out} exists and is not a run of train_{stage}.py; name another place")
-        self.finished = (self.out / "summary.json").exists()
-        if self.finished:
-            print(f"{self.out} is finished already; --restart begins anew")
-            return
-        if not known.exists():
+        elif self.out.exists() and (not self.out.is_dir() or any(self.out.glob("[!.]*"))) and not restart:
+            raise UserError(f"--out {self.out} exists and is not a run of train_{self.stage}.py; name another place")
+        finished = (self.out / "summary.json").exists()
+        if not finished and not known.exists():
             atomic_write(known, json.dumps(self.arguments, indent=2) + "\n")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
+        return finished
 
     def _compare(self, before: dict) -> None:
         if before.get("stage") != self.stage:
@@ -80,7 +87,7 @@ class Run:
 
     def log(self, step: int, **metrics) -> None:
         """One line of metrics.jsonl; tensors become numbers here."""
-        append_jsonl(self.out / "metrics.jsonl", {"step": step, **{name: _number(x) for name, x in metrics.items()}})
+        self._append("metrics.jsonl", {"step": step, **metrics})
 
     def log_time(self, step: int, seconds: float, tokens: int) -> None:
         """One line of timings.jsonl: what the clock says stays out of metrics.jsonl, which is the same in every run."""
@@ -90,11 +97,15 @@ class Run:
             "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak_memory_mb(),
         }
-        append_jsonl(self.out / "timings.jsonl", {name: _number(x) for name, x in line.items()})
+        self._append("timings.jsonl", line)
 
     def sample(self, **fields) -> None:
         """One line of samples.jsonl: a question the model asked."""
-        append_jsonl(self.out / "samples.jsonl", fields)
+        self._append("samples.jsonl", fields)
+
+    def _append(self, name: str, line: dict) -> None:
+        if distributed.rank() == 0:
+            append_jsonl(self.out / name, {key: _number(x) for key, x in line.items()})
 
     # --- checkpoint and resume
 
@@ -105,6 +116,9 @@ class Run:
         for name, parameter in parameters.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value
+        tensors = distributed.gather(tensors)
+        if distributed.rank() > 0:
+            return
         lengths = {name: (self.out / name).stat().st_size for name in LOGS if (self.out / name).exists()}
         state = {**state, "skipped": self.skipped, "log_lengths": lengths}
         with replacing(self.checkpoint) as temporary:
@@ -113,33 +127,38 @@ class Run:
     def load(self, policy, optimizer) -> dict:
         """Put the checkpoint back, if there is one, and return its `state`; {} for a new run."""
         lengths, state = {}, {}
-        if self.checkpoint.exists():
+        if distributed.first(self.checkpoint.exists):
             with safe_open(self.checkpoint, "pt", device=str(policy.device)) as file:
-                state = json.loads(file.metadata()["state"])
+                state, names = json.loads(file.metadata()["state"]), file.keys()
                 for name, parameter in policy.trainable().items():
-                    parameter.data.copy_(file.get_tensor(f"weight.{name}"))
+                    parameter.data.copy_(distributed.part(file.get_tensor(f"weight.{name}"), parameter))
                     prefix = f"optimizer.{name}."
                     moments = {
-                        key[len(prefix) :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)
+                        key[len(prefix) :]: distributed.part(file.get_tensor(key), parameter)
+                        for key in names
+                        if key.startswith(prefix)
                     }
                     if moments:
                         optimizer.state[parameter] = moments
             lengths, self.skipped = state["log_lengths"], state["skipped"]
             print(f"continuing {self.out} from its checkpoint")
         for name in LOGS:  # what was logged after the checkpoint will be logged again
-            if (self.out / name).exists():
+            if distributed.rank() == 0 and (self.out / name).exists():
                 os.truncate(self.out / name, lengths.get(name, 0))
         return state
 
     def leave_if_asked(self, policy, optimizer, **state) -> None:
         """After SIGINT or SIGTERM: checkpoint and leave with the signal's exit status."""
-        if self.stopping:
+        stopping = distributed.most(self.stopping)  # one process that was asked stops all
+        if stopping:
             self.save(policy, optimizer, **state)
-            name = signal.Signals(self.stopping).name
-            raise Stopped(f"{name}: stopped at a checkpoint; the same command continues", 128 + self.stopping)
+            name = signal.Signals(stopping).name
+            raise Stopped(f"{name}: stopped at a checkpoint; the same command continues", 128 + stopping)
 
     def finish(self, **summary) -> None:
         """The end: summary.json marks the run as finished, the checkpoint is no longer needed."""
+        if distributed.rank() > 0:
+            return
         summary = {name: _number(x) for name, x in summary.items()}
         atomic_write(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         remove(self.checkpoint)
@@ -204,7 +223,9 @@ def update(run: Run, policy, optimizer, step: int, lr: float, loss, max_grad_nor
     ranges of the tensors in `what`, which are saved for replay, or skips the update while --skip-nonfinite allows.
     """
     parameters = list(policy.trainable().values())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm, foreach=True)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = distributed.whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)
     if math.isfinite(norm.item()) and math.isfinite(float(loss)):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -218,7 +239,8 @@ def update(run: Run, policy, optimizer, step: int, lr: float, loss, max_grad_nor
 def refuse(run: Run, step: int, found: str, what: dict) -> None:
     """Note a non-finite number: save the tensors in `what`, then stop, or count it while --skip-nonfinite allows."""
     tensors = {name: x.detach().contiguous().cpu() for name, x in what.items() if isinstance(x, torch.Tensor)}
-    replay = run.out / f"nonfinite-step-{step}.safetensors"
+    process = f"-process-{distributed.rank()}" if distributed.world() > 1 else ""  # each has rows of its own
+    replay = run.out / f"nonfinite-step-{step}{process}.safetensors"
     with replacing(replay) as temporary:
         save_file(tensors, temporary)
     ranges = ", ".join(f"{name} {_range(x)}" for name, x in tensors.items() if x.is_floating_point())
