@@ -156,4 +156,4 @@ class Cache:
         weights = scores.float().softmax(-1).to(v.dtype)  # (B, kv_heads, K*grouped, P+T)
 
         mixed = to_own(weights[..., :width] @ prompt_v) + to_own(weights[..., width:]) @ own_v
-        return mixed.view(-1, kv_heads * grouped, d)[self.slots][None]  # (1, N, heads, d)
+        return mixed.reshape(-1, kv_heads * grouped, d)[self.slots][None]  # (1, N, heads, d)
