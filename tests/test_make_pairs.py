@@ -386,7 +386,7 @@ def play(env: dict, arguments: list[str], output: str, errors: str) -> None:
 
 
 forks = multiprocessing.get_context("forkserver")
-forks.set_forkserver_preload(["make_pairs", "openai", "socratiq.scorer", "test_make_pairs"])
+forks.set_forkserver_preload(["preloaded", "test_make_pairs"])
 
 
 @pytest.fixture(scope="module", autouse=True)
