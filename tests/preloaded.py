@@ -1,12 +1,12 @@
-"""Imported once by the process that tests/test_make_pairs.py forks its scripts from: whatever is slow the first time."""
+"""Imported once by the process that tests/test_make_pairs.py forks its scripts from: what is slow the first time."""
 
 import openai
 import openai.resources.chat  # loaded at the first request otherwise
 import torch
 
-import socratiq.model  # noqa: F401
-import socratiq.sampling  # noqa: F401
-import socratiq.scorer  # noqa: F401
+import socratiq.model
+import socratiq.sampling
+import socratiq.scorer
 
 torch.set_num_threads(1)
 weight = torch.zeros(2, requires_grad=True)
