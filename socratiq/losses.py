@@ -93,7 +93,7 @@ def gather_logprobs(logits, tokens):
     shape = torch.broadcast_shapes(logits.shape[:-1], tokens.shape)
     vocabulary = logits.shape[-1]
     logits = logits.expand(*shape, vocabulary).reshape(-1, vocabulary)  # (N, V)
-    tokens = tokens.expand(shape).reshape(-1, 1).long()  # (N, 1)
+    tokens = tokens.expand(shape).reshape(-1, 1)  # (N, 1)
     return _GatherLogprobs.apply(logits, tokens).view(shape)
 
 

@@ -148,10 +148,12 @@ class TestGatherLogprobs:
     def test_takes_each_token_at_its_own_position(self):
         logits = vector([log(1), log(3)], [log(4), log(1)])
         close(gather_logprobs(logits, torch.tensor([1, 0])), [log(3 / 4), log(4 / 5)])
-        close(
-            gather_logprobs(logits, torch.tensor([[1, 0], [0, 1]])),
-            [[log(3 / 4), log(4 / 5)], [log(1 / 4), log(1 / 5)]],
-        )
+
+    def test_shares_logits_or_tokens_among_rows(self):
+        logits, tokens = torch.randn(2, 3, 7, dtype=torch.float64), torch.tensor([[1, 6, 0], [2, 2, 5]])
+        close(gather_logprobs(logits[0], tokens)[1], gather_logprobs(logits[0], tokens[1]))
+        close(gather_logprobs(logits, tokens[0])[1], gather_logprobs(logits[1], tokens[0]))
+        close(gather_logprobs(logits, tokens.int()), gather_logprobs(logits, tokens))
 
     def test_of_uniform_logits_is_minus_log_of_the_vocabulary(self):
         close(gather_logprobs(torch.zeros(3, 4), torch.tensor([0, 1, 3])), [-log(4)] * 3)

@@ -1,0 +1,403 @@
+"""Do the tests notice? Plants one error at a time in losses.py and runs test_losses.py on each.
+
+    python tests/mutants.py              all mutants, one line each, then the survivors
+    python tests/mutants.py gae whiten   those of two functions only
+
+A mutant is a pair of texts, old -> new: a sign flipped, a mask dropped, an index shifted, min and max swapped,
+something detached or no longer detached, a sum in place of a mean. It is killed if a test fails. Exit status 1 if fewer
+than 95% are killed, or if a text is no longer found (then losses.py has changed, and this list must follow).
+
+Importing torch takes seconds and a mutant less than one, so that all of them are forked from one process that has
+imported everything already.
+"""
+
+import argparse
+import ast
+import contextlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # forked processes share the cores
+os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each costs time
+
+TESTS = Path(__file__).parent
+LOSSES = TESTS.parent / "socratiq" / "losses.py"
+REQUIRED = 0.95
+TIME_LIMIT = 120  # seconds; the tests take five
+
+# Grouped by function. The text must occur exactly once *within that function*.
+MUTANTS = {
+    "masked_mean": [
+        ("_masked(x, mask).sum() /", "x.sum() /"),
+        ("_masked(x, mask).sum() /", "(x * mask).sum() /"),
+        ("_masked(x, mask).sum() /", "_masked(x, mask).mean() /"),
+        ("_masked(x, mask).sum() /", "-_masked(x, mask).sum() /"),
+        ("_masked(x, mask).sum() /", "_masked(x, mask).detach().sum() /"),
+        ("mask.sum() if", "mask.numel() if"),
+        ("mask.sum() if", "mask.sum(-1) if"),
+        ("mask.sum() if", "(mask.sum() - 1) if"),
+        ("mask.sum() if total is None else torch.as_tensor(total, device=x.device)", "mask.sum()"),
+        (".masked_fill(total == 0, 1)", ""),
+        (".masked_fill(total == 0, 1)", ".clamp(min=1)"),
+        ("torch.broadcast_tensors(_wide(x), mask.bool())", "_wide(x), mask.bool()"),
+        ("total.to(x.dtype)", "total.long()"),
+    ],
+    "masked_var": [
+        ("(mask.sum() - 1)", "mask.sum()"),
+        ("(mask.sum() - 1)", "(mask.sum() - 2)"),
+        ("(mask.sum() - 1)", "(mask.numel() - 1)"),
+        (".clamp(min=1)", ""),
+        ("x - masked_mean(x, mask)", "x"),
+        ("x - masked_mean(x, mask)", "x + masked_mean(x, mask)"),
+        ("x - masked_mean(x, mask)", "x - x.mean()"),
+        ("_masked(x - masked_mean(x, mask), mask)", "x - masked_mean(x, mask)"),
+        (".square()", ".abs()"),
+        ("deviation.square()", "deviation.detach().square()"),
+        ("torch.broadcast_tensors(_wide(x), mask.bool())", "_wide(x), mask.bool()"),
+    ],
+    "whiten": [
+        ("x = _masked(x, mask)\n", "x = _wide(x)\n"),
+        ("(x - mean)", "(x + mean)"),
+        ("(x - mean)", "(mean - x)"),
+        ("torch.rsqrt(var", "torch.sqrt(var"),
+        ("torch.rsqrt(var + 1e-8)", "1 / (torch.sqrt(var) + 1e-8)"),
+        ("1e-8", "1e-6"),
+        ("white if shift_mean else white + mean", "white + mean if shift_mean else white"),
+        ("white + mean", "white - mean"),
+        ("white + mean", "white"),
+        ("_masked(white if shift_mean else white + mean, mask)", "white if shift_mean else white + mean"),
+        ("masked_var(x, mask)", "masked_var(x, mask).detach()"),
+        ("masked_mean(x, mask)", "masked_mean(x, mask).detach()"),
+    ],
+    "_masked": [
+        ("mask.bool(), _wide(x), 0.0", "mask.bool(), 0.0, _wide(x)"),
+        ("mask.bool(), _wide(x), 0.0", "mask.bool(), _wide(x), 1.0"),
+        ("torch.where(mask.bool(), _wide(x), 0.0)", "_wide(x) * mask"),
+        ("_wide(x), 0.0", "x, 0.0"),
+    ],
+    "_wide": [
+        ("x if x.dtype in (torch.float32, torch.float64) else x.float()", "x"),
+        ("(torch.float32, torch.float64)", "(torch.float32,)"),
+        ("(torch.float32, torch.float64)", "(torch.float32, torch.float64, torch.bfloat16)"),
+        ("x.float()", "x.double()"),
+    ],
+    "gather_logprobs": [
+        ("tokens.expand(shape)", "tokens.roll(1, -1).expand(shape)"),
+        ("tokens.expand(shape)", "tokens"),
+        ("logits.expand(*shape, vocabulary)", "logits"),
+    ],
+    "_GatherLogprobs": [
+        ("logits.gather(-1, tokens) - normaliser", "logits.gather(-1, tokens) + normaliser"),
+        ("logits.gather(-1, tokens) - normaliser", "normaliser - logits.gather(-1, tokens)"),
+        ("logits.gather(-1, tokens) - normaliser", "logits.gather(-1, tokens) - normaliser.detach().mean()"),
+        ("logits.gather(-1, tokens)", "logits.gather(-1, (tokens - 1).clamp(min=0))"),
+        ("_wide(rows).logsumexp", "rows.logsumexp"),
+        ("_wide(rows).logsumexp(-1, keepdim=True)", "_wide(rows).exp().sum(-1, keepdim=True).log()"),
+        ("ctx.save_for_backward(logits,", "ctx.save_for_backward(_wide(logits),"),
+        (".mul_(-upstream)", ".mul_(upstream)"),
+        (".mul_(-upstream)", ""),
+        ("scatter_add_(-1, token, upstream)", "scatter_add_(-1, token, -upstream)"),
+        ("local.scatter_add_(-1, token, upstream)", "pass"),
+        (".masked_fill_(upstream == 0, 0)", ""),
+        ("(rows - norm)", "rows.clone()"),
+        ("return grad_logits, None", "return -grad_logits, None"),
+    ],
+    "sequence_logps": [
+        ("_masked(logprobs, mask).sum(-1)", "logprobs.sum(-1)"),
+        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask).mean(-1)"),
+        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask)[..., :-1].sum(-1)"),
+        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask).detach().sum(-1)"),
+        ("if average", "if not average"),
+        ("mask.sum(-1).clamp(min=1)", "mask.shape[-1]"),
+        (".clamp(min=1)", ""),
+        ("average=False", "average=True"),
+    ],
+    "entropy": [
+        ("return -(", "return ("),
+        (".sum(-1)  # p", ".mean(-1)  # p"),
+        (".masked_fill(logp == -torch.inf, 0)", ""),
+        ("logp.exp() *", "logp.exp().detach() *"),
+        ("logp.exp() *", "logp *"),
+        ("_wide(rows)", "rows"),
+    ],
+    "sft_loss": [
+        ("-masked_mean(logprobs, mask, total)", "masked_mean(logprobs, mask, total)"),
+        ("-masked_mean(logprobs, mask, total)", "-masked_mean(logprobs, mask)"),
+        ("-masked_mean(logprobs, mask, total)", "-_masked(logprobs, mask).sum()"),
+        ("-masked_mean(logprobs, mask, total)", "-masked_mean(logprobs[..., 1:], mask[..., 1:], total)"),
+        ("-masked_mean(logprobs, mask, total)", "-_wide(logprobs).mean()"),
+        ("-masked_mean(logprobs, mask, total)", "-masked_mean(sequence_logps(logprobs, mask, True), mask.any(-1))"),
+    ],
+    "dpo_loss": [
+        ("_wide(policy_chosen_logps) - ", "_wide(policy_chosen_logps) + "),
+        ("_wide(policy_rejected_logps) - ", "_wide(policy_rejected_logps) + "),
+        ("chosen_logratios - rejected_logratios", "rejected_logratios - chosen_logratios"),
+        ("chosen_logratios - rejected_logratios", "chosen_logratios + rejected_logratios"),
+        ("chosen_logratios - rejected_logratios", "chosen_logratios - rejected_logratios.mean()"),
+        ("chosen_logratios - rejected_logratios", "chosen_logratios - rejected_logratios.detach()"),
+        ("chosen_logratios - rejected_logratios", "chosen_logratios.detach() - rejected_logratios"),
+        ("_wide(ref_chosen_logps).detach()", "_wide(ref_chosen_logps)"),
+        ("_wide(ref_rejected_logps).detach()", "_wide(ref_rejected_logps)"),
+        ("_wide(ref_rejected_logps).detach()", "_wide(ref_chosen_logps).detach()"),
+        ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
+        ("-(1 - label_smoothing)", "-(1 + label_smoothing)"),
+        ("-(1 - label_smoothing)", "-1"),
+        ("- label_smoothing * F.logsigmoid", "+ label_smoothing * F.logsigmoid"),
+        ("F.logsigmoid(-beta * h)", "F.logsigmoid(beta * h)"),
+        ("F.logsigmoid(beta * h)", "F.logsigmoid(-beta * h)"),
+        ("F.logsigmoid(beta * h)", "F.logsigmoid(h)"),
+        ("F.logsigmoid(beta * h)", "(beta * h).sigmoid().log()"),
+        ("h - 1 / (2 * beta)", "h + 1 / (2 * beta)"),
+        ("h - 1 / (2 * beta)", "h - 1 / beta"),
+        (".square()", ".abs()"),
+        ("F.relu(1 - beta * h)", "F.relu(1 + beta * h)"),
+        ("F.relu(1 - beta * h)", "1 - beta * h"),
+        ("F.relu(1 - beta * h)", "F.relu(beta - h)"),
+        ("implicit_rewards(policy_chosen_logps, ref_chosen_logps, beta)", "beta * chosen_logratios"),
+        ("implicit_rewards(policy_rejected_logps, ref_rejected_logps, beta)", "beta * rejected_logratios"),
+        ("return losses, chosen_rewards, rejected_rewards", "return losses, rejected_rewards, chosen_rewards"),
+        ("return losses, chosen_rewards", "return losses.mean(), chosen_rewards"),
+        ('kind == "sigmoid"', 'kind != "ipo"'),
+    ],
+    "implicit_rewards": [
+        ("@torch.no_grad()\n", ""),
+        ("beta * (", "("),
+        ("_wide(policy_logps) - _wide(ref_logps)", "_wide(ref_logps) - _wide(policy_logps)"),
+    ],
+    "kl_estimate": [
+        ("_wide(logprobs) - _wide(ref_logprobs)", "_wide(ref_logprobs) - _wide(logprobs)"),
+        ("_wide(logprobs) - _wide(ref_logprobs)", "logprobs - ref_logprobs"),
+        ("_wide(logprobs) - _wide(ref_logprobs)", "_wide(logprobs) - _wide(ref_logprobs).detach()"),
+        ("d.square() / 2", "d.square()"),
+        ("d.square() / 2", "d.abs() / 2"),
+        ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
+        ("torch.expm1(-d) + d", "torch.expm1(-d) - d"),
+        ("torch.expm1(-d) + d", "torch.exp(-d) + d"),
+        ("torch.expm1(-d) + d", "torch.exp(-d) - 1 + d"),
+        ("d = _masked(d, mask)", "d = d * mask"),
+        ("d = _masked(d, mask)", "pass"),
+        ('kind="k1"', 'kind="k3"'),
+    ],
+    "AdaptiveKL": [
+        ("min(max(", "max(min("),
+        ("/ self.target - 1", "/ self.target"),
+        ("float(kl) / self.target - 1", "1 - float(kl) / self.target"),
+        ("-0.2), 0.2)", "-0.2), 0.1)"),
+        ("-0.2), 0.2)", "-0.1), 0.2)"),
+        ("1 + error", "1 - error"),
+        ("self.value *=", "self.value ="),
+        ("* float(samples)", ""),
+        ("/ self.horizon", ""),
+    ],
+    "missing_eos_penalty": [
+        (" & mask.bool()", ""),
+        (".any(-1)", ".all(-1)"),
+        (".any(-1)", "[..., -1]"),
+        ("tokens == eos_id", "tokens != eos_id"),
+        ("_wide(scores) - penalty", "_wide(scores) + penalty"),
+        ("_wide(scores), _wide(scores) - penalty", "_wide(scores) - penalty, _wide(scores)"),
+    ],
+    "shape_rewards": [
+        ("-kl_coef * kl", "kl_coef * kl"),
+        ("-kl_coef * kl", "-kl"),
+        ("tokens_left == 1", "tokens_left == 2"),
+        ("tokens_left == 1", "tokens_left == mask.sum(-1, keepdim=True)"),
+        ("mask & (tokens_left == 1)", "tokens_left == 1"),
+        ("mask & (tokens_left == 1)", "mask"),
+        ("mask.flip(-1).cumsum(-1).flip(-1)", "mask.cumsum(-1)"),
+        ('"k1", mask', '"k3", mask'),
+        ('"k1", mask', '"k1"'),
+        ("logprobs, ref_logprobs, \"k1\"", "ref_logprobs, logprobs, \"k1\""),
+        ("+ _masked(scores", "- _masked(scores"),
+        ("_masked(scores.unsqueeze(-1), is_last)", "_wide(scores).unsqueeze(-1) * is_last"),
+        ("@torch.no_grad()\n", ""),
+    ],
+    "gae": [
+        ("+ gamma * next_value", "- gamma * next_value"),
+        ("+ gamma * next_value", "+ next_value"),
+        ("+ gamma * next_value", ""),
+        ("- values[..., t]\n", "+ values[..., t]\n"),
+        ("- values[..., t]\n", "\n"),
+        ("gamma * lam * next_advantage", "lam * next_advantage"),
+        ("gamma * lam * next_advantage", "gamma * next_advantage"),
+        ("delta + gamma", "delta - gamma"),
+        ("delta = rewards[..., t]", "delta = rewards[..., t - 1]"),
+        ("- values[..., t]\n", "- values[..., t - 1]\n"),
+        ("reversed(range(mask.shape[-1]))", "range(mask.shape[-1])"),
+        ("next_advantage = torch.where(mask[..., t], advantages[..., t], next_advantage)", "next_advantage = delta"),
+        (
+            "next_advantage = torch.where(mask[..., t], advantages[..., t], next_advantage)",
+            "next_advantage = advantages[..., t]",
+        ),
+        ("next_value = torch.where(mask[..., t], values[..., t], next_value)", "next_value = values[..., t]"),
+        ("next_value = torch.where(mask[..., t], values[..., t], next_value)", "next_value = rewards[..., t]"),
+        ("return _masked(advantages, mask)", "return advantages"),
+        ("_masked(advantages + values, mask)", "advantages + values"),
+        ("_masked(advantages + values, mask)", "_masked(advantages - values, mask)"),
+        ("_masked(advantages + values, mask)", "_masked(advantages, mask)"),
+        ("return _masked(advantages, mask)", "return whiten(advantages, mask)"),
+        ("@torch.no_grad()\n", ""),
+        ("next_value = next_advantage = 0.0", "next_value, next_advantage = values[..., -1], 0.0"),
+    ],
+    "policy_loss": [
+        ("_wide(advantages).detach()", "_wide(advantages)"),
+        ("_wide(old_logprobs).detach()", "_wide(old_logprobs)"),
+        ("_wide(new_logprobs) -", "_wide(new_logprobs).detach() -"),
+        ("_wide(new_logprobs) -", "_wide(new_logprobs) +"),
+        ("_masked(_wide(new_logprobs) - _wide(old_logprobs).detach(), mask).exp()",
+         "(_wide(new_logprobs) - _wide(old_logprobs).detach()).exp()"),
+        (", mask).exp()", ", mask) + 1"),
+        ("unclipped = -advantages", "unclipped = advantages"),
+        ("clipped = -advantages * ratio.clamp", "clipped = advantages * ratio.clamp"),
+        ("1 - clip, 1 + clip", "1 + clip, 1 - clip"),
+        ("1 - clip, 1 + clip", "1 - clip, 1"),
+        ("1 - clip, 1 + clip", "1 - clip, None"),
+        ("1 - clip, 1 + clip", "None, 1 + clip"),
+        ("1 - clip, 1 + clip", "-clip, clip"),
+        ("torch.max(unclipped, clipped)", "torch.min(unclipped, clipped)"),
+        ("torch.max(unclipped, clipped)", "clipped"),
+        ("torch.max(unclipped, clipped)", "unclipped"),
+        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "torch.max(unclipped, clipped).mean()"),
+        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "sft_loss(torch.max(unclipped, clipped), mask, 1)"),
+        ("torch.max(unclipped, clipped), mask, total", "torch.max(unclipped, clipped), mask"),
+        ("clipped > unclipped", "clipped < unclipped"),
+        ("clipped > unclipped", "clipped >= unclipped"),
+        ("clipped > unclipped", "clipped != unclipped"),
+        (".to(loss), mask, total)", ".to(loss), mask)"),
+        (".to(loss), mask, total)", ".to(loss), mask, 1)"),
+    ],
+    "value_loss": [
+        ("0.5 * ", ""),
+        ("_masked(new_values, mask)", "_wide(new_values)"),
+        ("_masked(new_values, mask)", "_masked(new_values, mask).detach()"),
+        ("_wide(old_values).detach()", "_wide(old_values)"),
+        ("_wide(returns).detach()", "_wide(returns)"),
+        ("old_values + (new_values", "(new_values"),
+        ("old_values + (new_values", "old_values - (new_values"),
+        ("(new_values - old_values)", "(old_values - new_values)"),
+        ("(new_values - old_values)", "(new_values - returns)"),
+        ("-clip, clip", "clip, -clip"),
+        ("-clip, clip", "None, clip"),
+        ("-clip, clip", "-clip, None"),
+        ("-clip, clip", "-1, 1"),
+        ("(new_values - returns)", "(new_values + returns)"),
+        ("(clipped_values - returns)", "(clipped_values + returns)"),
+        ("(clipped_values - returns).square()", "(clipped_values - returns).abs()"),
+        ("torch.max(unclipped, clipped)", "torch.min(unclipped, clipped)"),
+        ("torch.max(unclipped, clipped)", "clipped"),
+        ("torch.max(unclipped, clipped)", "unclipped"),
+        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "torch.max(unclipped, clipped).mean()"),
+        ("torch.max(unclipped, clipped), mask, total", "torch.max(unclipped, clipped), mask"),
+        ("clipped > unclipped", "clipped < unclipped"),
+        ("clipped > unclipped", "clipped >= unclipped"),
+        ("clipped > unclipped", "clipped != unclipped"),
+        (".to(loss), mask, total)", ".to(loss), mask)"),
+    ],
+    "explained_variance": [
+        ("1 - left / total", "left / total"),
+        ("1 - left / total", "1 - total / left"),
+        ("1 - left / total", "1 + left / total"),
+        ("_wide(returns) - _wide(values), mask", "_wide(returns) + _wide(values), mask"),
+        ("_wide(returns) - _wide(values), mask", "_wide(values), mask"),
+        ("masked_var(_wide(returns) - _wide(values), mask)", "masked_mean((returns - values).square(), mask)"),
+        ("torch.where(total > noise, 1 - left / total, 0.0)", "1 - left / total"),
+        ("total > noise", "total > 0"),
+        ("masked_var(returns, mask)", "masked_var(values, mask)"),
+        ("masked_var(returns, mask)", "masked_var(returns, mask >= 0)"),
+        ("@torch.no_grad()\n", ""),
+    ],
+}  # fmt: skip
+
+
+def span(source, function):
+    """Start and end of a top-level function or class in the source, decorators included."""
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) == function:
+            lines = source.splitlines(keepends=True)
+            first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+            return len("".join(lines[: first - 1])), len("".join(lines[: node.end_lineno]))
+    raise SystemExit(f"{LOSSES.name} has no {function}")
+
+
+def mutate(source, function, old, new):
+    """The source with `old` replaced by `new` in the code (not the docstring) of one function."""
+    start, end = span(source, function)
+    body = source[start:end]
+    opening = body.index('"""') if '"""' in body else 0
+    code = body.index('"""', opening + 3) + 3 if '"""' in body else 0
+    head, docstring, rest = body[:opening], body[opening:code], body[code:]
+    if head.count(old) + rest.count(old) != 1:
+        raise SystemExit(
+            f"mutants.py: in {function}, {old!r} occurs {head.count(old) + rest.count(old)} times, not once"
+        )
+    return source[:start] + head.replace(old, new) + docstring + rest.replace(old, new) + source[end:]
+
+
+def killer(mutant):
+    """Run the tests on one mutant, in a process of its own. The name of the test that killed it, or None."""
+    import pytest
+
+    import socratiq
+
+    class FirstFailure:
+        name = None
+
+        def pytest_runtest_logreport(self, report):
+            if report.failed and self.name is None:
+                self.name = report.nodeid.partition("::")[2]
+
+    def too_slow(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, too_slow)
+    signal.alarm(TIME_LIMIT)
+    module = types.ModuleType("socratiq.losses")
+    module.__file__ = str(LOSSES)
+    first = FirstFailure()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            exec(compile(mutant, str(LOSSES), "exec"), module.__dict__)
+        except Exception as error:
+            return f"import: {error}"
+        sys.modules["socratiq.losses"] = socratiq.losses = module
+        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(TESTS / "test_losses.py")], plugins=[first])
+    return first.name or (f"pytest status {status}" if status else None)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("functions", nargs="*", help="only the mutants of these functions")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes side by side")
+    args = parser.parse_args()
+    sys.path.insert(0, str(TESTS.parent))
+    import pytest  # noqa: F401  imported once here, and inherited by every fork
+    import torch  # noqa: F401
+
+    import socratiq  # noqa: F401
+
+    source = LOSSES.read_text()
+    functions = args.functions or list(MUTANTS)
+    listed = [(function, old, new) for function in functions for old, new in MUTANTS[function]]
+    mutants = [mutate(source, *mutant) for mutant in listed]
+    survivors = []
+    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
+        killers = pool.imap(killer, [source, *mutants], chunksize=1)
+        if (failed := next(killers)) is not None:
+            raise SystemExit(f"the tests must pass before any mutant is planted; {failed} fails")
+        for (function, old, new), test in zip(listed, killers, strict=True):
+            change = f"{function}: {old.strip()} -> {new.strip() or '(nothing)'}"
+            print(f"survived  {change}" if test is None else f"killed    {change}    by {test}", flush=True)
+            survivors += [change] if test is None else []
+    killed = len(listed) - len(survivors)
+    print(f"\n{killed} of {len(listed)} mutants killed ({killed / len(listed):.1%}, {REQUIRED:.0%} required)")
+    print("\n".join(["survivors:", *survivors] if survivors else ["no survivors"]))
+    return 0 if killed >= REQUIRED * len(listed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""Identities that hold for the whole machine, model included: what must not depend on how the work is laid out."""
+
+from math import log
+
+import pytest
+import torch
+from small import EOS, small_lm, small_policy, small_rows, stir
+
+from socratiq.batch import make_batch
+from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
+from socratiq.model import token_logprobs
+from socratiq.sampling import sample
+
+
+def close(actual, expected, tolerance=2e-5):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, check_dtype=False)
+
+
+def one_by_one(policy, prompt, completion, temperature=1.0):
+    """The textbook way, a plain transformers forward for one sequence: log-probs (C,) and last hidden states (C, H)."""
+    lm = small_lm(attention="sdpa")
+    lm.load_state_dict(policy.lm.state_dict())
+    ids = torch.tensor([prompt + completion])
+    out = lm(ids, output_hidden_states=True)
+    before = slice(len(prompt) - 1, ids.shape[1] - 1)  # the state before a token predicts it
+    logprobs = (out.logits[0, before] / temperature).log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0], out.hidden_states[-1][0, before]
+
+
+def gradients(policy):
+    return torch.cat([weight.grad.flatten() for weight in policy.trainable().values()])
+
+
+# ------------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_rows_equal_one_forward_per_sequence(samples, temperature):
+    policy = small_policy(value_head=True)
+    torch.nn.init.normal_(policy.value_head.weight)
+    prompts, completions = small_rows(samples)
+    batch = make_batch(prompts, completions)
+    out = token_logprobs(policy, batch, temperature)
+    for b, prompt in enumerate(prompts):
+        for k, completion in enumerate(completions[b]):
+            logprobs, hidden = one_by_one(policy, prompt, completion, temperature)
+            close(out["logprobs"][b, k, : len(completion)], logprobs)
+            close(out["values"][b, k, : len(completion)], policy.value_head(hidden)[:, 0])
+            assert batch.mask[b, k].sum() == len(completion)
+    assert (out["logprobs"][~batch.mask.bool()] == 0).all()
+
+
+def test_gradient_of_packed_rows_equals_one_forward_per_sequence():
+    policy = small_policy()
+    prompts, completions = small_rows(samples=3)
+    batch = make_batch(prompts, completions)
+    sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask).backward()
+    packed = gradients(policy)
+
+    plain = small_lm(attention="sdpa")
+    total = sum(len(completion) for row in completions for completion in row)
+    for prompt, row in zip(prompts, completions, strict=True):
+        for completion in row:
+            ids = torch.tensor([prompt + completion])
+            logprobs = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            (-logprobs.gather(-1, torch.tensor(completion)[:, None]).sum() / total).backward()
+    close(packed, torch.cat([weight.grad.flatten() for weight in plain.parameters()]))
+
+
+def test_batch_order_changes_nothing():
+    policy = small_policy()
+    prompts, completions = small_rows(samples=2)
+    order = [2, 0, 3, 1]
+    straight = token_logprobs(policy, make_batch(prompts, completions))["logprobs"]
+    shuffled = make_batch([prompts[i] for i in order], [completions[i] for i in order])
+    close(token_logprobs(policy, shuffled)["logprobs"], straight[order])
+
+
+def test_number_of_siblings_changes_nothing():
+    policy = small_policy()
+    prompts, completions = small_rows(samples=4)
+    together = sequence_logps(*scored(policy, prompts, completions))
+    for k in range(4):
+        alone = sequence_logps(*scored(policy, prompts, [[row[k]] for row in completions]))
+        close(alone[:, 0], together[:, k])
+
+
+def test_a_sibling_is_never_seen():
+    policy = small_policy()
+    prompts, completions = small_rows(samples=2)
+    before = sequence_logps(*scored(policy, prompts, completions))
+    changed = [[first, [5, 9, 4, EOS]] for first, _ in completions]
+    close(sequence_logps(*scored(policy, prompts, changed))[:, 0], before[:, 0])
+
+
+def test_longer_neighbours_and_their_padding_change_nothing():
+    policy = small_policy()
+    prompts, completions = small_rows()
+    alone = scored(policy, prompts, completions)[0]
+    beside = scored(policy, [*prompts, [1] * 20], [*completions, [[7] * 30 + [EOS]]])[0]
+    assert beside.shape[-1] == 31
+    close(beside[:4, :, : alone.shape[-1]], alone)
+    assert (beside[:4, :, alone.shape[-1] :] == 0).all()
+
+
+def scored(policy, prompts, completions):
+    batch = make_batch(prompts, completions)
+    return token_logprobs(policy, batch)["logprobs"], batch.mask
+
+
+# ------------------------------------------------------------------------------------------------- accumulation
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(lora_rank):
+    """Rows of very different length: a mean of means would be far off. 3 + 3 + 2 is a window that ends short."""
+    policy = small_policy(lora_rank=lora_rank)
+    stir(policy)
+    prompts, completions = small_rows(rows=8)
+    lengths = [len(row[0]) for row in completions]
+    assert max(lengths) >= 3 * min(lengths)
+    runs = []
+    for sizes in ([8], [4, 4], [2] * 4, [1] * 8, [3, 3, 2]):
+        loss, start = 0.0, 0
+        for size in sizes:
+            logprobs, mask = scored(policy, prompts[start : start + size], completions[start : start + size])
+            part = sft_loss(logprobs, mask, total=sum(lengths))
+            part.backward()
+            loss, start = loss + part.item(), start + size
+        runs.append((torch.tensor(loss), gradients(policy)))
+        policy.zero_grad()
+    for loss, gradient in runs[1:]:
+        close(loss, runs[0][0], 1e-6)
+        close(gradient, runs[0][1], 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- the first step
+
+both_references = pytest.mark.parametrize("lora_rank", [0, 4], ids=["kept-copy", "adapters-off"])
+
+
+@both_references
+def test_first_dpo_loss_is_ln_2(lora_rank):
+    policy = small_policy(lora_rank=lora_rank)
+    prompts, completions = small_rows(samples=2)
+    logps = sequence_logps(*scored(policy, prompts, completions))
+    with policy.reference():
+        reference = sequence_logps(*scored(policy, prompts, completions))
+    loss, chosen_rewards, rejected_rewards = dpo_loss(
+        logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], beta=0.1
+    )
+    close(loss, torch.full((4,), log(2)), 1e-6)
+    close(chosen_rewards, torch.zeros(4), 1e-6)
+    close(rejected_rewards, torch.zeros(4), 1e-6)
+
+
+@both_references
+def test_initial_kl_is_0(lora_rank):
+    policy = small_policy(lora_rank=lora_rank)
+    prompts, completions = small_rows(samples=3)
+    logprobs, mask = scored(policy, prompts, completions)
+    with policy.reference():
+        reference, _ = scored(policy, prompts, completions)
+    for kind in ("k1", "k2", "k3"):
+        close(kl_estimate(logprobs, reference, kind, mask), torch.zeros(mask.shape), 1e-6)
+
+
+def test_first_ratio_is_1_and_first_policy_loss_is_minus_mean_advantage():
+    policy = small_policy(lora_rank=4, value_head=True)
+    prompts, _ = small_rows()
+    completions = sample(policy, prompts, 4, max_new_tokens=6, eos_id=EOS)
+    with torch.no_grad():  # the rollout's log-probs, all rows at once
+        old, mask = scored(policy, prompts, completions)
+    torch.manual_seed(0)
+    advantages = whiten(torch.randn(mask.shape), mask)
+    for rows in ([0, 1, 2, 3], [3, 1], [2]):  # the update's, in whatever minibatch
+        batch = make_batch([prompts[i] for i in rows], [completions[i] for i in rows])
+        length = batch.mask.shape[-1]
+        new = token_logprobs(policy, batch)["logprobs"]
+        assert new.requires_grad
+        close((new - old[rows, :, :length]).exp(), torch.ones(batch.mask.shape), 1e-5)
+        part = advantages[rows, :, :length]
+        loss, clipfrac = policy_loss(new, old[rows, :, :length], part, batch.mask, clip=0.2)
+        close(loss, -masked_mean(part, batch.mask), 1e-5)
+        assert clipfrac == 0
+
+
+def test_first_values_are_0_so_that_the_first_return_is_the_reward():
+    policy = small_policy(value_head=True)
+    prompts, completions = small_rows(samples=2)
+    batch = make_batch(prompts, completions)
+    values = token_logprobs(policy, batch)["values"]
+    assert (values == 0).all()
+    rewards = torch.randn(batch.mask.shape) * batch.mask
+    _, returns = gae(rewards, values, batch.mask, gamma=1.0, lam=1.0)
+    close(returns[..., 0], rewards.sum(-1))
+
+
+@both_references
+def test_the_reference_never_changes(lora_rank):
+    policy = small_policy(lora_rank=lora_rank)
+    prompts, completions = small_rows()
+    first, mask = scored(policy, prompts, completions)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        sft_loss(*scored(policy, prompts, completions)).backward()
+        optimizer.step()
+    with policy.reference():
+        reference, _ = scored(policy, prompts, completions)
+        assert not reference.requires_grad
+    assert torch.equal(reference, first.detach())  # bit for bit
+    moved, _ = scored(policy, prompts, completions)
+    assert sft_loss(moved, mask) < sft_loss(first, mask) - 0.01
+
+
+# ------------------------------------------------------------------------------------------------------ sampling
+
+
+def test_the_sampler_draws_from_the_distribution_that_is_trained():
+    """Greedy decoding picks, token by token, what the training forward finds most likely."""
+    policy = small_policy()
+    prompts, _ = small_rows(rows=6)
+    completions = sample(policy, prompts, 1, max_new_tokens=8, eos_id=EOS, temperature=0)
+    for prompt, (completion,) in zip(prompts, completions, strict=True):
+        likeliest, _ = one_by_one(policy, prompt, completion)
+        for t, token in enumerate(completion):  # no other token would have had a higher log-prob
+            others = [
+                one_by_one(policy, prompt, [*completion[:t], other])[0][t] for other in range(3, 12) if other != token
+            ]
+            assert likeliest[t] > max(others) - 1e-5
+
+
+def test_a_prompt_s_samples_do_not_depend_on_its_neighbours():
+    policy = small_policy()
+    prompts, _ = small_rows()
+    together = sample(policy, prompts, 3, max_new_tokens=6, eos_id=EOS, seeds=[5, 6, 7, 8])
+    for prompt, seed, row in zip(prompts, [5, 6, 7, 8], together, strict=True):
+        assert sample(policy, [prompt], 3, max_new_tokens=6, eos_id=EOS, seeds=[seed]) == [row]
