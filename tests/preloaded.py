@@ -6,7 +6,7 @@ import torch
 
 import socratiq.model
 import socratiq.sampling
-import socratiq.scorer
+import socratiq.scorer  # noqa: F401  (with it, all three are loaded)
 
 torch.set_num_threads(1)
 weight = torch.zeros(2, requires_grad=True)
