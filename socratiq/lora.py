@@ -23,9 +23,9 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.weight.device))  # (r, in)
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5))  # one on every device
+        self.lora_A = nn.Parameter(start.to(base.weight.device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (out, r)
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale = alpha / rank
         self.enabled = True
 
@@ -34,10 +34,6 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
-
-    def merged_weight(self) -> torch.Tensor:
-        """W + (alpha / r) B A, in float32: bfloat16 would swallow most of a small update."""
-        return self.base.weight.float() + self.scale * (self.lora_B @ self.lora_A)
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> None:
@@ -60,26 +56,43 @@ def enable(model: nn.Module, enabled: bool) -> None:
         adapter.enabled = enabled
 
 
-def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict of the plain model with the adapters added into its weights."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The model's state dict; a weight quantised to 4 bits stands in it as the numbers that its forward pass uses."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        quantised = getattr(getattr(module, "weight", None), "quant_state", None)
+        if quantised is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            for key in [key for key in state if key.startswith(f"{name}.weight.")]:  # scales and tables
+                del state[key]
+            state[f"{name}.weight"] = dequantize_4bit(module.weight.data, quantised)
+    return state
+
+
+def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of the plain model, made from the adapted model's: adapters are added into their weights.
+
+    W + (alpha / r) B A is kept in float32: bfloat16 would swallow most of a small update.
+    """
+    state = dict(state)
     for name, adapter in adapters(model):
-        weight = state.pop(f"{name}.base.weight")
-        state[f"{name}.weight"] = adapter.merged_weight().detach().to(torch.promote_types(weight.dtype, torch.float32))
+        weight, a, b = (state.pop(f"{name}.{part}") for part in ("base.weight", "lora_A", "lora_B"))
+        state[f"{name}.weight"] = (weight.float() + adapter.scale * (b @ a)).cpu()
     return {name.replace(".base.", "."): tensor for name, tensor in state.items()}
 
 
-def save_adapter(model: nn.Module, folder: Path, base_name: str) -> None:
-    """Write the adapters alone in PEFT's file format: adapter_model.safetensors and adapter_config.json."""
+def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
+    """Write the adapters of a state dict in PEFT's file format: adapter_model.safetensors and adapter_config.json."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors, targets, rank, alpha = {}, set(), 0, 0.0
     for name, adapter in adapters(model):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.lora_A.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = adapter.lora_B.detach().contiguous()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = state[f"{name}.lora_A"].contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = state[f"{name}.lora_B"].contiguous()
         targets.add(name.rsplit(".", 1)[-1])
-        rank = adapter.lora_A.shape[0]
+        rank = state[f"{name}.lora_A"].shape[0]
         alpha = adapter.scale * rank
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {

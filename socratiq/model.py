@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from socratiq import lora
+from socratiq import distributed, lora
 from socratiq.batch import Batch
 from socratiq.errors import UserError
 from socratiq.files import remove, replacing, sync
@@ -193,7 +193,7 @@ def load_policy(
     for setting in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if getattr(lm.config, setting, 0):
             setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
-    lm.to(where).eval()
+    lm.to("cpu" if distributed.world() > 1 else where).eval()  # of several processes each takes its part alone there
     torch.manual_seed(seed)
     if not trainable:
         lm.requires_grad_(False)
@@ -255,9 +255,13 @@ def cache_folder() -> Path:
 
 def _cached(name: str, make) -> Path:
     folder = cache_folder() / name
-    if not (folder / "config.json").exists():
-        with replacing(folder) as temporary:
-            make(temporary)
+
+    def fill():
+        if not (folder / "config.json").exists():
+            with replacing(folder) as temporary:
+                make(temporary)
+
+    distributed.first(fill)
     return folder
 
 
@@ -343,13 +347,16 @@ def save_policy(policy: Policy, tokenizer, folder: str | Path, base_name: str) -
     Every file is written beside the folder first and moved in when all are complete; config.json, without which the
     folder is no model, comes last.
     """
+    state = distributed.gather(lora.state_dict(policy.lm))
+    if distributed.rank() > 0:
+        return
     folder = Path(folder)
     partial = folder / ".model.partial"
     remove(partial)
-    save_model(policy.lm, lora.merged_state_dict(policy.lm), tokenizer, partial)
+    save_model(policy.lm, lora.merged_state_dict(policy.lm, state), tokenizer, partial)
     remove(folder / "adapter")
     if any(True for _ in lora.adapters(policy.lm)):
-        lora.save_adapter(policy.lm, partial / "adapter", base_name)
+        lora.save_adapter(policy.lm, state, partial / "adapter", base_name)
     for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         sync(file)
         os.replace(file, folder / file.name)
