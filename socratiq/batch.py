@@ -73,13 +73,15 @@ class RowAttention:
         return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, heads, d)
 
 
-def make_batch(prompts: list[list[int]], completions: list[list[list[int]]]) -> Batch:
-    """Lay out B prompts and their completions; completions[b][k] ends in EOS. Every row has the same K.
+def make_batch(prompts: list[list[int]], completions: list[list[list[int]]], samples: int | None = None) -> Batch:
+    """Lay out B prompts and their completions; completions[b][k] ends in EOS. Every row has the same K, `samples`.
 
     An empty prompt is refused (nothing would predict the first token); an empty completion has mask 0 everywhere.
+    B = 0 makes a batch of one token that nobody reads: among several processes, one without rows still has to run the
+    model. `samples` need only be given where that can happen.
     """
-    batch, samples = len(prompts), len(completions[0])
-    longest = max(1, max(len(completion) for row in completions for completion in row))
+    batch, samples = len(prompts), samples or len(completions[0])
+    longest = max(1, max((len(completion) for row in completions for completion in row), default=1))
     tokens = torch.zeros(batch, samples, longest, dtype=torch.long)
     mask = torch.zeros(batch, samples, longest)
     input_ids, position_ids, read, lengths, masks = [], [], [], [], []
@@ -101,6 +103,8 @@ def make_batch(prompts: list[list[int]], completions: list[list[list[int]]]) -> 
             mask[b, k, : len(completion)] = 1.0
         lengths.append(len(input_ids) - start)
         masks.append(sibling_mask(len(prompt), [len(completion) for completion in row]) if samples > 1 else None)
+    if not prompts:
+        input_ids, position_ids, lengths, masks = [0], [0], [1], [None]
     return Batch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from socratiq import distributed
 from socratiq.batch import RowAttention
 from socratiq.model import Policy
 
@@ -64,8 +65,12 @@ def sample(
                 on_token(sample_index, token)
         going_on = tokens != eos_id
         alive, tokens = alive[going_on], tokens[going_on]
-        if len(alive) == 0 or step + 1 == max_new_tokens:
+        if step + 1 == max_new_tokens or distributed.most(len(alive)) == 0:
             break
+        if len(alive) == 0:  # other processes are still writing: run the model with them, on a token nobody reads
+            nothing = torch.zeros(1, dtype=torch.long, device=policy.device)
+            logits = policy(nothing, nothing, RowAttention([1], [None]), nothing)["logits"][:0]
+            continue
         cache.keep(alive, step)
         everything = torch.arange(len(alive), device=policy.device)
         logits = policy(tokens, last_position[alive] + step + 1, cache.decode, everything)["logits"]  # (N, V)
