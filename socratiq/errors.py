@@ -3,6 +3,9 @@
 import errno
 import sys
 
+# What the system says of a path that cannot be used: the user's to mend, not a bug.
+WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
+
 
 class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file, row, field and mend."""
@@ -19,7 +22,8 @@ class Stopped(Exception):
 def main(function) -> None:
     """Run a script's main function and turn what it raises into one line on stderr and an exit status.
 
-    UserError -> 2, Ctrl-C -> 130, SIGTERM -> 143, a full disk -> 1; anything else is a bug and keeps its traceback.
+    UserError and a path that cannot be used -> 2, Ctrl-C -> 130, SIGTERM -> 143, a full disk -> 1; anything else is a
+    bug and keeps its traceback.
     """
     try:
         function()
@@ -34,6 +38,8 @@ def main(function) -> None:
         sys.exit(1)
     except Exception as error:  # safetensors wraps a full disk in an error of its own, hence the look at the text
         full_disk = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+        if isinstance(error, OSError) and error.errno in WRONG_PLACE:
+            _leave(f"error: {error.filename}: {error.strerror}; choose another place or change its permissions", 2)
         if not full_disk:
             raise
         place = getattr(error, "filename", None) or "the output folder"

@@ -100,7 +100,7 @@ class Policy(nn.Module):
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if watching else None
 
     def keep_reference(self) -> None:
-        """Remember the present weights as the reference: adapters can be switched off, without them a copy is needed."""
+        """Remember the present weights as the reference: adapters can be switched off, else a copy is needed."""
         if not any(True for _ in lora.adapters(self.lm)):
             self.frozen = copy.deepcopy(self.lm).requires_grad_(False)
             if self.autocast:
@@ -119,6 +119,12 @@ class Policy(nn.Module):
         finally:
             self.lm = trained
             lora.enable(trained, True)
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """Raise UserError if a sequence of so many tokens has more positions than the model was made for."""
+        positions = getattr(self.lm.config, "max_position_embeddings", None)
+        if positions and tokens > positions:
+            raise UserError(f"{what}: {tokens} tokens, and the model has {positions} positions; shorten it")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -198,6 +204,9 @@ def load_policy(
     if not trainable:
         lm.requires_grad_(False)
     elif lora_rank:
+        width = lm.config.hidden_size
+        if lora_rank > width:
+            raise UserError(f"--lora-rank {lora_rank}: above the model's width of {width}; 8 to 64 are usual")
         lora.add_lora(lm, lora_rank)
     return Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
 
@@ -205,22 +214,30 @@ def load_policy(
 def open_model(name: str, dtype: torch.dtype) -> nn.Module:
     """The transformers model behind a name, with this project's attention, in `dtype`."""
     source = resolve(name)
-    options = {"dtype": dtype, "attn_implementation": "socratiq", "use_safetensors": True}
+    options = {"dtype": dtype, "attn_implementation": "socratiq", "use_safetensors": True, "trust_remote_code": False}
     try:
-        lm = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {name}: {_first_line(error)}") from None
+        lm, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+    except Exception as error:  # a broken folder makes transformers raise nearly anything
+        raise UserError(f"--model {name}: no model that can be read ({_first_line(error)})") from None
     if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
         raise UserError(f"--model {name}: {type(lm).__name__} has no .model trunk and .lm_head; use a Llama-like model")
+    if found["missing_keys"]:  # transformers would put random numbers there and go on
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
     return lm
 
 
 def load_tokenizer(name: str):
     """The tokenizer behind a name; it must know an end of sequence."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model {name}: no tokenizer found there ({_first_line(error)})") from None
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # a broken folder makes transformers raise nearly anything
+        raise UserError(
+            f"--model {name}: no tokenizer that can be read ({_first_line(error)}); name smollm2, tiny, a checkpoint "
+            "folder or a Hub id"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
     return tokenizer

@@ -30,8 +30,8 @@ def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[i
     kept = len(context)
     while len(prompt) > max_tokens:  # cutting text, not ids, keeps the tokens the ones this text always has
         if kept == 0:
-            raise ValueError(
-                f"--max-prompt-tokens {max_tokens} is shorter than the template alone ({len(prompt)} tokens)"
+            raise UserError(
+                f"--max-prompt-tokens {max_tokens}: the template alone takes {len(prompt)} tokens; allow more than that"
             )
         kept = max(0, min(kept - 1, int(kept * max_tokens / len(prompt))))
         prompt = bos(tokenizer) + plain_ids(tokenizer, build_prompt(context[:kept].rstrip(), type))
@@ -39,7 +39,7 @@ def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[i
 
 
 def encode_pair_prompt(tokenizer, pair, max_tokens: int) -> list[int]:
-    """Token ids of a pair's prompt. One that make_pairs.py built can lose the tail of its context; a foreign one cannot.
+    """Token ids of a pair's prompt. One that make_pairs.py built can lose its context's tail; a foreign one cannot.
 
     Raises UserError if a foreign prompt is longer than `max_tokens`.
     """

@@ -20,7 +20,12 @@ class Reward:
 
     def __call__(self, contexts, questions, types):
         rewards, parts = self.function(contexts, questions, types)
-        rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        try:
+            rewards = torch.as_tensor(rewards, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(
+                f"the reward function gave {type(rewards).__name__}, not numbers: return one a question"
+            ) from None
         if rewards.shape != (len(questions),):
             raise UserError(f"the reward function gave {tuple(rewards.shape)} numbers for {len(questions)} questions")
         return rewards, parts
@@ -44,4 +49,6 @@ def load_reward(name: str | None, scorer_folder: str, policy, tokenizer) -> Rewa
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"--reward {name}: {error}") from None
+    if not callable(function):
+        raise UserError(f"--reward {name}: {function_name} is no function")
     return Reward(lambda *columns: (function(*columns), {}), scorer.types)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from socratiq import gates
+from socratiq.errors import UserError
 
 BUCKETS = 2**16
 
@@ -124,12 +125,18 @@ class Scorer:
     @classmethod
     def load(cls, folder: str | Path) -> "Scorer":
         """Read what `save` wrote."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(Path(folder) / "scorer.safetensors")
-        settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
-        overlap = gates.Overlap(settings["idf"], settings["rarest"])
-        return cls(settings["types"], tensors["weight"], tensors["bias"], overlap)
+        try:
+            tensors = load_file(Path(folder) / "scorer.safetensors")
+            settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
+            overlap = gates.Overlap(settings["idf"], settings["rarest"])
+            return cls(settings["types"], tensors["weight"], tensors["bias"], overlap)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
+            ) from None
 
 
 def fit_linear(questions: list[str], labels: list[str], types: list[str], l2: float = 2e-5):
