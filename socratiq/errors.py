@@ -1,6 +1,7 @@
 """How a run ends when something is wrong: one clear line, the right exit status, no traceback for a user's mistake."""
 
 import errno
+import os
 import sys
 
 # What the system says of a path that cannot be used: the user's to mend, not a bug.
@@ -47,17 +48,28 @@ def main(function) -> None:
 
 
 def _leave(line: str, status: int) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line)
     sys.exit(status)
 
 
 def warn(line: str) -> None:
     """One line of warning on stderr."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)
+    say(f"warning: {line}")
+
+
+def say(line: str) -> None:
+    """One line on stderr. Of several processes on a machine (torchrun) the first speaks for all."""
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
+
+
+def speaks() -> bool:
+    """Whether this process is the only one on its machine, or the first."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def bar(iterable=None, **options):
     """tqdm that keeps quiet when the output is not a terminal."""
     from tqdm import tqdm
 
-    return tqdm(iterable, **{"disable": None, "dynamic_ncols": True, "leave": False, **options})
+    return tqdm(iterable, **{"disable": None if speaks() else True, "dynamic_ncols": True, "leave": False, **options})
