@@ -7,19 +7,17 @@ A mutant is a pair of texts, old -> new: a sign flipped, a mask dropped, an inde
 something detached or no longer detached, a sum in place of a mean. It is killed if a test fails. Exit status 1 if fewer
 than 95% are killed, or if a text is no longer found (then losses.py has changed, and this list must follow).
 
-Importing torch takes seconds and a mutant less than one, so that all of them are forked from one process that has
-imported everything already.
+Importing torch takes seconds and a mutant a fraction of one, so that all of them are forked from one process that has
+imported torch and collected the tests already.
 """
 
 import argparse
 import ast
-import contextlib
-import io
+import inspect
 import multiprocessing
 import os
 import signal
 import sys
-import types
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # forked processes share the cores
@@ -338,35 +336,51 @@ def mutate(source, function, old, new):
     return source[:start] + head.replace(old, new) + docstring + rest.replace(old, new) + source[end:]
 
 
+class Runner:
+    """A pytest plugin: in place of running the tests once, it runs them on each mutant, in a fork of their own."""
+
+    def __init__(self, listed, jobs):
+        self.listed, self.jobs = listed, jobs
+        self.killed, self.survivors = [], []
+
+    def pytest_runtestloop(self, session):
+        global items
+        items = session.items  # collected once, inherited by every fork
+        source = LOSSES.read_text()
+        mutants = [(function, mutate(source, function, old, new)) for function, old, new in self.listed]
+        with multiprocessing.get_context("fork").Pool(self.jobs, maxtasksperchild=1) as pool:
+            killers = pool.imap(killer, [("", source), *mutants], chunksize=1)
+            if (failed := next(killers)) is not None:
+                raise SystemExit(f"the tests must pass before any mutant is planted; {failed} fails")
+            for (function, old, new), test in zip(self.listed, killers, strict=True):
+                change = f"{function}: {old.strip()} -> {new.strip() or '(nothing)'}"
+                print(f"survived  {change}" if test is None else f"killed    {change}    by {test}", flush=True)
+                (self.survivors if test is None else self.killed).append(change)
+        return True
+
+
 def killer(mutant):
-    """Run the tests on one mutant, in a process of its own. The name of the test that killed it, or None."""
-    import pytest
+    """Put a mutant (function, source) in place of losses.py and run the tests: the name of one that fails, or None."""
+    from _pytest.runner import runtestprotocol
 
-    import socratiq
-
-    class FirstFailure:
-        name = None
-
-        def pytest_runtest_logreport(self, report):
-            if report.failed and self.name is None:
-                self.name = report.nodeid.partition("::")[2]
+    from socratiq import losses
 
     def too_slow(*_):
         raise TimeoutError
 
+    function, source = mutant
     signal.signal(signal.SIGALRM, too_slow)
     signal.alarm(TIME_LIMIT)
-    module = types.ModuleType("socratiq.losses")
-    module.__file__ = str(LOSSES)
-    first = FirstFailure()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            exec(compile(mutant, str(LOSSES), "exec"), module.__dict__)
-        except Exception as error:
-            return f"import: {error}"
-        sys.modules["socratiq.losses"] = socratiq.losses = module
-        status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", str(TESTS / "test_losses.py")], plugins=[first])
-    return first.name or (f"pytest status {status}" if status else None)
+    try:
+        exec(compile(source, str(LOSSES), "exec"), vars(losses))
+    except Exception as error:
+        return f"the import: {error}"
+    names = vars(items[0].module)
+    names.update({name: value for name, value in vars(losses).items() if name in names and not name.startswith("__")})
+    for item in sorted(items, key=lambda item: function not in item.nodeid + inspect.getsource(item.function)):
+        if any(report.failed for report in runtestprotocol(item, nextitem=None, log=False)):
+            return item.nodeid.partition("::")[2]
+    return None
 
 
 def main():
@@ -375,28 +389,17 @@ def main():
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes side by side")
     args = parser.parse_args()
     sys.path.insert(0, str(TESTS.parent))
-    import pytest  # noqa: F401  imported once here, and inherited by every fork
-    import torch  # noqa: F401
+    import pytest
 
-    import socratiq  # noqa: F401
-
-    source = LOSSES.read_text()
     functions = args.functions or list(MUTANTS)
-    listed = [(function, old, new) for function in functions for old, new in MUTANTS[function]]
-    mutants = [mutate(source, *mutant) for mutant in listed]
-    survivors = []
-    with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
-        killers = pool.imap(killer, [source, *mutants], chunksize=1)
-        if (failed := next(killers)) is not None:
-            raise SystemExit(f"the tests must pass before any mutant is planted; {failed} fails")
-        for (function, old, new), test in zip(listed, killers, strict=True):
-            change = f"{function}: {old.strip()} -> {new.strip() or '(nothing)'}"
-            print(f"survived  {change}" if test is None else f"killed    {change}    by {test}", flush=True)
-            survivors += [change] if test is None else []
-    killed = len(listed) - len(survivors)
-    print(f"\n{killed} of {len(listed)} mutants killed ({killed / len(listed):.1%}, {REQUIRED:.0%} required)")
+    runner = Runner([(function, old, new) for function in functions for old, new in MUTANTS[function]], args.jobs)
+    pytest.main(["-q", "-s", "-p", "no:cacheprovider", str(TESTS / "test_losses.py")], plugins=[runner])
+    total, killed, survivors = len(runner.listed), len(runner.killed), runner.survivors
+    if killed + len(survivors) < total:
+        raise SystemExit("mutants.py: stopped before the last mutant, see above")
+    print(f"\n{killed} of {total} mutants killed ({killed / total:.1%}, {REQUIRED:.0%} required)")
     print("\n".join(["survivors:", *survivors] if survivors else ["no survivors"]))
-    return 0 if killed >= REQUIRED * len(listed) else 1
+    return 0 if killed >= REQUIRED * total else 1
 
 
 if __name__ == "__main__":

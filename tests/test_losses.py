@@ -682,7 +682,7 @@ class TestPolicyLoss:
         close(clipfrac, 0)
 
     def test_old_logprobs_and_advantages_are_constants(self):
-        new, old, advantages = vector(0.1, 0.2), vector(0, 0), vector(1, 2)
+        new, old, advantages = vector(0.1, 0.9), vector(0, 0), vector(1, 2)  # the clip decides on the second
         loss, clipfrac = policy_loss(new, old, advantages, torch.ones(2), clip=0.5)
         for constant in gradient(loss, old, advantages):
             close(constant, [0, 0])
@@ -733,7 +733,7 @@ class TestValueLoss:
         close(loss, 0.5 * masked_mean((b.values - b.returns) ** 2, b.mask))
 
     def test_old_values_and_returns_are_constants(self):
-        values, old, returns = vector(1, 3), vector(1.1, 2), vector(2, 2)
+        values, old, returns = vector(1, 3), vector(1.1, 2), vector(2, 4)  # the clip decides on the second
         loss, clipfrac = value_loss(values, old, returns, torch.ones(2), clip=0.5)
         for constant in gradient(loss, old, returns):
             close(constant, [0, 0])
