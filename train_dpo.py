@@ -19,6 +19,7 @@ What differs from the paper:
 
 from socratiq import cli
 from socratiq.errors import bar, main
+from socratiq.run import Run
 
 
 def parse_arguments():
@@ -63,6 +64,9 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    run = Run(args, "dpo")
+    if run.finished:
+        return
     import math
     import time
 
@@ -79,9 +83,6 @@ def run_stage():
 
     # Data: token ids of prompt, chosen and rejected.
     train_pairs, held_out_pairs = split_by_context(load_pairs(args.pairs), args.held_out, args.seed)
-    run = training.Run(args, "dpo")
-    if run.finished:
-        return
     tokenizer = load_tokenizer(args.model)
     pairs = train_pairs + held_out_pairs[: args.eval_rows]
     encoded = [
@@ -96,6 +97,8 @@ def run_stage():
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
     optimizer = training.make_optimizer(policy, args.lr)
+    for pair, (prompt, questions) in zip(pairs, encoded, strict=True):
+        policy.check_length(len(prompt) + max(map(len, questions)), pair.source)
 
     def forward(chosen):
         """Log-probs of the two questions of these pairs: per completion (B, 2), and per token with their mask."""
@@ -104,8 +107,10 @@ def run_stage():
         return sequence_logps(logprobs, batch.mask, average=args.loss == "ipo"), logprobs, batch
 
     # The reference, once: before its first update the policy is the reference.
+    state = run.load(policy, optimizer)
     reference_file = run.out / "reference.safetensors"
-    if args.restart or not reference_file.exists():
+    if not reference_file.exists():
+        cli.check(not state, f"{reference_file} is gone; put it back, or --restart to begin anew")
         reference_logps = torch.empty(len(pairs), 2)
         with torch.no_grad():
             for start in bar(range(0, len(pairs), args.batch_size), desc="reference"):
@@ -132,6 +137,20 @@ def run_stage():
         }
         return losses, figures, logprobs, batch
 
+    def loss_of(chosen, pairs_in_all, chosen_tokens_in_all):
+        """The part of an update's loss that these pairs make, their figures, and their log-probs."""
+        losses, figures, logprobs, batch = preference(chosen)
+        loss = losses.sum() / pairs_in_all
+        if args.sft_coef:
+            loss = loss + args.sft_coef * sft_loss(logprobs[:, 0], batch.mask[:, 0], total=chosen_tokens_in_all)
+        return loss, figures, logprobs
+
+    def alone(i):
+        """Pair i for the case that it gives a number that is not finite."""
+        loss, _, logprobs = loss_of([i], 1, len(encoded[i][1][0]))
+        tensors = {"logprobs": logprobs, "reference_logps": reference_logps[i]}
+        return training.Suspect(pairs[i].source, *encoded[i], tensors, loss)
+
     def evaluate():
         """Means over the held-out pairs."""
         parts = []
@@ -145,13 +164,11 @@ def run_stage():
     window = args.batch_size * args.accumulate
     per_epoch = math.ceil(len(train) / window)
     steps = args.steps or args.epochs * per_epoch
-    state = run.load(policy, optimizer)
     evaluation = state.get("evaluation", {})
     if not state and held_out:
         evaluation = evaluate()  # the first DPO loss is ln 2: policy and reference are the same
         run.log(0, **evaluation)
-    progress = bar(total=steps, initial=state.get("step", 0), desc="dpo")
-    for step in range(state.get("step", 0), steps):
+    for step in run.steps(state.get("step", 0), steps):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
@@ -159,21 +176,12 @@ def run_stage():
         chosen_tokens = sum(len(encoded[i][1][0]) for i in chosen)
         loss, sums = 0.0, {}
         for start in range(0, len(chosen), args.batch_size):
-            losses, figures, logprobs, batch = preference(chosen[start : start + args.batch_size])
-            part = losses.sum() / len(chosen)
-            if args.sft_coef:
-                part = part + args.sft_coef * sft_loss(logprobs[:, 0], batch.mask[:, 0], total=chosen_tokens)
+            part, figures, _ = loss_of(chosen[start : start + args.batch_size], len(chosen), chosen_tokens)
             part.backward()
             loss += part.item()
             sums = {name: sums.get(name, 0) + x.sum() / len(chosen) for name, x in figures.items()}
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
-        what = {
-            "rows": [pairs[i].source for i in chosen],
-            "losses": losses,
-            "logprobs": logprobs,
-            "input_ids": batch.input_ids,
-        }
-        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, what)
+        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch, **sums}
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:
             evaluation = evaluate()
@@ -184,14 +192,12 @@ def run_stage():
             time.perf_counter() - started,
             sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen),
         )
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}", margin=f"{sums['rewards/margins']:.3f}")
+        run.progress.set_postfix(loss=f"{loss:.3f}", margin=f"{sums['rewards/margins']:.3f}")
 
         state = {"step": step + 1, "evaluation": evaluation}
         if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
             run.save(policy, optimizer, **state)
         run.leave_if_asked(policy, optimizer, **state)
-    progress.close()
 
     save_policy(policy, tokenizer, run.out, args.model)
     run.finish(steps=steps, **evaluation)

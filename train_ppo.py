@@ -20,7 +20,8 @@ What differs from the usual implementation:
 """
 
 from socratiq import cli
-from socratiq.errors import bar, main
+from socratiq.errors import main
+from socratiq.run import Run
 
 
 def parse_arguments():
@@ -94,6 +95,10 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    run = Run(args, "ppo")
+    if run.finished:
+        return
+    import functools
     import math
     import time
     from typing import NamedTuple
@@ -111,25 +116,24 @@ def run_stage():
     class Rollout(NamedTuple):
         """What one iteration learns from: B prompts, K questions each, at most C tokens."""
 
+        tasks: list  # B pairs of context and type
         prompts: list  # B lists of token ids
         completions: list  # [b][k] lists of token ids
         old_logprobs: torch.Tensor  # (B, K, C) by the policy that wrote them
         values: torch.Tensor  # (B, K, C) by that policy's value head
         advantages: torch.Tensor  # (B, K, C) whitened
         returns: torch.Tensor  # (B, K, C) what the value head should have said
-        mask: torch.Tensor  # (B, K, C)
 
     # Data: contexts only; the questions are the model's own.
     train_rows, held_out_rows = split_by_context(load_rows(args.data), args.held_out, args.seed)
-    run = training.Run(args, "ppo")
-    if run.finished:
-        return
+    sources = {row.context: row.source for row in reversed(train_rows)}  # where a context stands first
     train_contexts = list(dict.fromkeys(row.context for row in train_rows))
     held_out_contexts = list(dict.fromkeys(row.context for row in held_out_rows))
 
     # Model, reward, optimiser.
     tokenizer = load_tokenizer(args.model)
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, value_head=True, seed=args.seed)
+    policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     reward = load_reward(args.reward, args.scorer, policy, tokenizer)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
@@ -171,27 +175,67 @@ def run_stage():
         ended = [ids[-1] == tokenizer.eos_token_id for row in completions for ids in row]
         return {"eval/scores": scores.mean(), "eval/eos_rate": sum(ended) / len(ended)}
 
+    def loss_of(rollout, chosen):
+        """Step 6 for these prompts of a rollout: the loss, its figures, and the tensors it is made of."""
+        batch = make_batch([rollout.prompts[i] for i in chosen], [rollout.completions[i] for i in chosen])
+        batch = batch.to(policy.device)
+        mask, length = batch.mask, batch.mask.shape[-1]
+        old_logprobs, values, advantages, returns = (
+            getattr(rollout, name)[chosen, :, :length] for name in ("old_logprobs", "values", "advantages", "returns")
+        )
+        new = token_logprobs(policy, batch, args.temperature)
+        policy_loss, clipfrac = losses.policy_loss(new["logprobs"], old_logprobs, advantages, mask, args.clip)
+        value_loss, value_clipfrac = losses.value_loss(new["values"], values, returns, mask, args.clip)
+        with torch.no_grad():
+            moved = losses.kl_estimate(old_logprobs, new["logprobs"], "k3", mask)  # from old to new
+            ratio = (new["logprobs"] - old_logprobs).exp()
+            figures = {
+                "policy/approxkl": losses.masked_mean(moved, mask),
+                "policy/clipfrac": clipfrac,
+                "policy/loss": policy_loss.detach(),
+                "val/loss": value_loss.detach(),
+                "val/clipfrac": value_clipfrac,
+                "val/ratio": losses.masked_mean(ratio, mask),
+            }
+        tensors = {**new, "old_logprobs": old_logprobs, "advantages": advantages, "returns": returns}
+        return policy_loss + args.vf_coef * value_loss, figures, tensors
+
+    def suspect(rollout, i):
+        """Prompt i of a rollout for the case that it gives a number that is not finite."""
+        loss, _, tensors = loss_of(rollout, [i])
+        return training.Suspect(name_of(rollout.tasks[i]), rollout.prompts[i], rollout.completions[i], tensors, loss)
+
+    def name_of(task):
+        return f"{sources[task[0]]} asked for {task[1]}"
+
+    def refuse_rollout(step, rollout, tensors, questions, finite):
+        """Stop, or warn, when `finite` (B,) is not true of every prompt of a rollout."""
+        bad = (~tensors["scores"].flatten().isfinite()).nonzero().flatten().tolist()
+        reward = f"reward {tensors['scores'].flatten()[bad[0]]:g} for {questions[bad[0]]!r}" if bad else None
+        suspects = [
+            training.Suspect(name_of(task), prompt, completions, {name: x[b] for name, x in tensors.items()})
+            for b, (task, prompt, completions) in enumerate(
+                zip(rollout.tasks, rollout.prompts, rollout.completions, strict=True)
+            )
+            if not finite[b]
+        ]
+        training.refuse(run, step + 1, reward or "a log-prob or value of the rollout is not finite", suspects)
+
     # Loop.
-    minibatch = math.ceil(args.batch_size / args.minibatches)  # prompts
+    minibatches = min(args.minibatches, args.batch_size)
+    minibatch = math.ceil(args.batch_size / minibatches)  # prompts
     state = run.load(policy, optimizer)
     kl_control.value = state.get("kl_coef", kl_control.value)
     evaluation, history = state.get("evaluation", {}), state.get("history", [])
     if not state and held_out_contexts:
         evaluation = {name: float(x) for name, x in evaluate(0).items()}
         run.log(0, **evaluation)
-    progress = bar(total=args.steps, initial=state.get("step", 0), desc="ppo")
-    for step in range(state.get("step", 0), args.steps):
+    for step in run.steps(state.get("step", 0), args.steps):
         started = time.perf_counter()
 
         # 1. Prompts. 2. Questions. 3. Scores.
         tasks = draw_prompts(train_contexts, args.batch_size, "tasks", step)
         prompts, completions, questions, raw_scores, parts = ask(tasks, "samples", step)
-        if not raw_scores.isfinite().all():
-            bad = (~raw_scores.flatten().isfinite()).nonzero()[0].item()
-            training.refuse(
-                run, step + 1, f"reward {raw_scores.flatten()[bad]} for {questions[bad]!r}", {"scores": raw_scores}
-            )
-            continue
         everything = make_batch(prompts, completions).to(policy.device)
         tokens, mask = everything.tokens, everything.mask  # (B, K, C)
         raw_scores = raw_scores.to(policy.device)
@@ -211,55 +255,30 @@ def run_stage():
         kl_coef = kl_control.value
         rewards = losses.shape_rewards(scores, old["logprobs"], old["reference"], mask, kl_coef)
         advantages, returns = losses.gae(rewards, old["values"], mask, args.gamma, args.lam)
+        finite = raw_scores.isfinite().all(-1) & returns.isfinite().flatten(1).all(-1)  # (B,)
         advantages = losses.whiten(advantages, mask)
-        rollout = Rollout(prompts, completions, old["logprobs"], old["values"], advantages, returns, mask)
+        rollout = Rollout(tasks, prompts, completions, old["logprobs"], old["values"], advantages, returns)
+        epochs = args.ppo_epochs
+        if not finite.all():
+            epochs = 0  # nothing to be learnt from this rollout
+            refuse_rollout(step, rollout, {"scores": raw_scores, **old}, questions, finite)
 
         # 6. Update.
         lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)
         seen = []
-        for epoch in range(args.ppo_epochs):
-            order = torch.randperm(
-                len(prompts), generator=training.generator(args.seed, "minibatches", step, epoch)
-            ).tolist()
-            for start in range(0, len(prompts), minibatch):
-                chosen = order[start : start + minibatch]
-                batch = make_batch([prompts[i] for i in chosen], [completions[i] for i in chosen]).to(policy.device)
-                length = batch.mask.shape[-1]
-
-                def part(name, rollout=rollout, chosen=chosen, length=length):
-                    return getattr(rollout, name)[chosen, :, :length]
-
-                new = token_logprobs(policy, batch, args.temperature)
-                policy_loss, clipfrac = losses.policy_loss(
-                    new["logprobs"], part("old_logprobs"), part("advantages"), batch.mask, args.clip
-                )
-                value_loss, value_clipfrac = losses.value_loss(
-                    new["values"], part("values"), part("returns"), batch.mask, args.clip
-                )
-                loss = policy_loss + args.vf_coef * value_loss
+        for epoch in range(epochs):
+            draw = training.generator(args.seed, "minibatches", step, epoch)
+            order = torch.randperm(len(prompts), generator=draw).tolist()
+            for chosen in (order[start::minibatches] for start in range(minibatches)):
+                loss, figures, _ = loss_of(rollout, chosen)
                 loss.backward()
-                what = {
-                    "rows": chosen,
-                    "logprobs": new["logprobs"],
-                    "values": new["values"],
-                    "advantages": part("advantages"),
-                    "input_ids": batch.input_ids,
-                }
-                norm = training.update(run, policy, optimizer, step + 1, lr, loss.detach(), args.max_grad_norm, what)
-                with torch.no_grad():
-                    moved = losses.kl_estimate(part("old_logprobs"), new["logprobs"], "k3", batch.mask)  # old to new
-                    ratio = (new["logprobs"] - part("old_logprobs")).exp()
-                    seen.append(
-                        {
-                            "policy/approxkl": losses.masked_mean(moved, batch.mask),
-                            "policy/clipfrac": clipfrac,
-                            "policy/loss": policy_loss.detach(),
-                            "val/loss": value_loss.detach(),
-                            "val/clipfrac": value_clipfrac,
-                            "val/ratio": losses.masked_mean(ratio, batch.mask),
-                            "grad_norm": norm,
-                        }
-                    )
+                norm = training.update(
+                    run, policy, optimizer, step + 1, lr, loss.detach(), args.max_grad_norm,
+                    chosen, functools.partial(suspect, rollout),
+                )  # fmt: skip
+                if norm is None:  # skipped
+                    continue
+                seen.append({**figures, "grad_norm": norm})
                 if seen[-1]["policy/approxkl"] > args.target_kl:
                     break
             else:
@@ -269,7 +288,7 @@ def run_stage():
         # Figures.
         kl = losses.kl_estimate(old["logprobs"], old["reference"], "k1", mask).sum(-1).mean()  # nats per question
         k3 = losses.kl_estimate(old["logprobs"], old["reference"], "k3", mask).sum(-1).mean()
-        metrics = {name: torch.stack([figures[name] for figures in seen]).mean() for name in seen[0]}
+        metrics = {name: torch.stack([figures[name] for figures in seen]).mean() for name in (seen or [{}])[0]}
         metrics |= {
             "objective/kl": kl,
             "objective/kl_k3": k3,
@@ -285,7 +304,7 @@ def run_stage():
             "updates": len(seen),
             **{f"reward/{name}": x.mean() for name, x in parts.items()},
         }
-        if args.kl_target:
+        if args.kl_target and finite.all():
             kl_control.update(kl, samples=raw_scores.numel())
         if held_out_contexts and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             evaluation = {name: float(x) for name, x in evaluate(step + 1).items()}
@@ -297,17 +316,16 @@ def run_stage():
             score = round(raw_scores.flatten()[i].item(), 4)
             run.sample(step=step + 1, split="train", type=type, context=context, question=questions[i], score=score)
             if step % 5 == 0 or step + 1 == args.steps:
-                progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {questions[i]}")
+                run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {questions[i]}")
         run.log_time(step + 1, time.perf_counter() - started, int(mask.sum()) + sum(map(len, prompts)))
-        progress.update()
-        progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
+        run.progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
 
-        history.append(raw_scores.mean().item())
+        if finite.all():
+            history.append(raw_scores.mean().item())
         state = {"step": step + 1, "kl_coef": kl_control.value, "evaluation": evaluation, "history": history}
         if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
             run.save(policy, optimizer, **state)
         run.leave_if_asked(policy, optimizer, **state)
-    progress.close()
 
     save_policy(policy, tokenizer, run.out, args.model)
     quarter = max(1, len(history) // 4)

@@ -20,6 +20,7 @@ What differs from the plainest SFT:
 
 from socratiq import cli
 from socratiq.errors import bar, main
+from socratiq.run import Run
 
 
 def parse_arguments():
@@ -49,6 +50,9 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    run = Run(args, "sft")
+    if run.finished:
+        return
     import math
     import time
 
@@ -68,9 +72,6 @@ def run_stage():
     rows = [row for row in load_rows(args.data) if row.type != OTHERS]
     cli.check(bool(rows), f"{args.data}: no rows to learn from; every row is labelled {OTHERS!r}")
     train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)
-    run = training.Run(args, "sft")
-    if run.finished:
-        return
     tokenizer = load_tokenizer(args.model)
 
     def encode(row):
@@ -83,9 +84,18 @@ def run_stage():
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
     optimizer = training.make_optimizer(policy, args.lr)
+    for row, (prompt, question) in zip(train_rows + held_out_rows, train + held_out, strict=False):
+        policy.check_length(len(prompt) + len(question), f"{row.source} under --max-prompt-tokens")
 
     def batch_of(pairs):
         return make_batch([prompt for prompt, _ in pairs], [[completion] for _, completion in pairs]).to(policy.device)
+
+    def alone(i):
+        """Row i for the case that it gives a number that is not finite."""
+        batch = batch_of([train[i]])
+        logprobs = token_logprobs(policy, batch)["logprobs"]
+        loss = sft_loss(logprobs, batch.mask)
+        return training.Suspect(train_rows[i].source, train[i][0], [train[i][1]], {"logprobs": logprobs}, loss)
 
     def evaluate():
         """Mean loss per question token over the held-out rows."""
@@ -95,20 +105,18 @@ def run_stage():
                 batch = batch_of(held_out[start : start + args.batch_size])
                 total += sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask, total=1).item()
                 tokens += int(batch.mask.sum())
-        return total / tokens if tokens else math.nan
+        return total / tokens
 
     # Loop.
     window = args.batch_size * args.accumulate
     per_epoch = math.ceil(len(train) / window)
     steps = args.steps or args.epochs * per_epoch
     state = run.load(policy, optimizer)
-    first, best, best_loss = state.get("step", 0), run.out / "best.safetensors", state.get("best_loss")
-    if not state:
+    best, best_loss, first_loss = run.out / "best.safetensors", state.get("best_loss"), state.get("first_loss")
+    if not state and held_out:
         first_loss = evaluate()
-        run.log(0, **{"eval/loss": first_loss, "eval/perplexity": math.exp(first_loss)})
-    first_loss = state.get("first_loss", None) if state else first_loss
-    progress = bar(total=steps, initial=first, desc="sft")
-    for step in range(first, steps):
+        run.log(0, **{"eval/loss": first_loss, "eval/perplexity": training.perplexity(first_loss)})
+    for step in run.steps(state.get("step", 0), steps):
         started = time.perf_counter()
         epoch, place = divmod(step, per_epoch)
         chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
@@ -122,27 +130,24 @@ def run_stage():
             part.backward()
             loss += part.item()
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
-        what = {"rows": [train_rows[i].source for i in chosen], "logprobs": logprobs, "input_ids": batch.input_ids}
-        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, what)
+        norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
 
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:  # the end of an epoch
             metrics["eval/loss"] = evaluate()
-            metrics["eval/perplexity"] = math.exp(metrics["eval/loss"])
-            if best_loss is None or metrics["eval/loss"] < best_loss:
+            metrics["eval/perplexity"] = training.perplexity(metrics["eval/loss"])
+            if metrics["eval/loss"] < (math.inf if best_loss is None else best_loss):
                 best_loss = metrics["eval/loss"]
                 with replacing(best) as temporary:
                     save_file({name: x.detach().contiguous() for name, x in policy.trainable().items()}, temporary)
         run.log(step + 1, **metrics)
         run.log_time(step + 1, time.perf_counter() - started, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.3f}")
+        run.progress.set_postfix(loss=f"{loss:.3f}")
 
         state = {"step": step + 1, "best_loss": best_loss, "first_loss": first_loss}
         if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
             run.save(policy, optimizer, **state)
         run.leave_if_asked(policy, optimizer, **state)
-    progress.close()
 
     # Save the best weights.
     if best.exists():
@@ -150,7 +155,9 @@ def run_stage():
             policy.trainable()[name].data.copy_(tensor)
     save_policy(policy, tokenizer, run.out, args.model)
     run.finish(steps=steps, **{"eval/loss first": first_loss, "eval/loss best": best_loss})
-    fell = f"held-out loss {first_loss:.3f} -> {best_loss:.3f} over {steps} updates" if held_out else f"{steps} updates"
+    fell = (
+        f"held-out loss {first_loss:.3f} -> {best_loss:.3f} over {steps} updates" if best_loss else f"{steps} updates"
+    )
     print(f"sft: {fell}, model in {run.out}. Next: python make_pairs.py --policy {run.out}")
 
 

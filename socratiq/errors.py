@@ -2,8 +2,11 @@
 
 import errno
 import os
+import signal
 import sys
 
+# What the system says of a disk, a quota or a file that can hold no more.
+FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What the system says of a path that cannot be used: the user's to mend, not a bug.
 WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
@@ -12,8 +15,8 @@ class UserError(Exception):
     """A mistake the user can mend. The message is one line that names the file, row, field and mend."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; the step was finished and a checkpoint written. `status` is 130 or 143."""
+class Stopped(BaseException):  # no `except Exception` on the way out should swallow it
+    """SIGINT or SIGTERM arrived, and what had to be brought to the disk is there. `status` is 130 or 143."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -26,6 +29,7 @@ def main(function) -> None:
     UserError and a path that cannot be used -> 2, Ctrl-C -> 130, SIGTERM -> 143, a full disk -> 1; anything else is a
     bug and keeps its traceback.
     """
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         function()
     except UserError as error:
@@ -37,14 +41,19 @@ def main(function) -> None:
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
         sys.stderr.close()
         sys.exit(1)
-    except Exception as error:  # safetensors wraps a full disk in an error of its own, hence the look at the text
-        full_disk = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
-        if isinstance(error, OSError) and error.errno in WRONG_PLACE:
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in WRONG_PLACE:
             _leave(f"error: {error.filename}: {error.strerror}; choose another place or change its permissions", 2)
-        if not full_disk:
+        # safetensors wraps what the system says in an error of its own, hence the look at the text
+        if number not in FULL_DISK and not any(f"(os error {full})" in str(error) for full in FULL_DISK):
             raise
         place = getattr(error, "filename", None) or "the output folder"
         _leave(f"error: no space left on the disk while writing {place}; free some and run the same command again", 1)
+
+
+def _terminated(number, frame):
+    raise Stopped("terminated", 128 + number)
 
 
 def _leave(line: str, status: int) -> None:

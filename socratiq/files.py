@@ -18,7 +18,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 
 class replacing:
-    """`with replacing(path) as temporary:` write the file or folder `temporary`; it becomes `path` if nothing failed."""
+    """`with replacing(path) as temporary:` write the file or folder `temporary`; it becomes `path` unless that failed."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -59,6 +59,19 @@ def remove(path: str | Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def lock(file) -> bool:
+    """Lock an open file for this process alone; False if another process holds it. The lock dies with the process."""
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    return True
 
 
 def to_json(value) -> str:
