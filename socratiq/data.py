@@ -22,12 +22,12 @@ import unicodedata
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from socratiq.errors import UserError, warn
-from socratiq.files import read_jsonl
 from socratiq.taxonomy import OTHERS, TYPES, display_name
 
 
@@ -295,7 +295,7 @@ def _read(path: Path, kind: str, name: str) -> Iterator[tuple[str, dict]]:
         with open(path, "rb") as file:
             head = file.read(256)
         if not head:
-            raise UserError(f"{name}: the file is empty; expected rows of a context, a question and a type")
+            raise UserError(f"{name}: the file is empty; it must hold at least one row")
         if head.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise UserError(f"{name}: the file is in UTF-16; save it as UTF-8")
         if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
@@ -407,9 +407,7 @@ def _rows_of_columns(columns: dict, name: str) -> list[dict]:
 
 def _record(value, place: str) -> dict:
     if not isinstance(value, dict):
-        raise UserError(
-            f"{place}: expected an object with context, question and type, found {_shorten(json.dumps(value), 40)}"
-        )
+        raise UserError(f"{place}: expected an object of named fields, found {_shorten(json.dumps(value), 40)}")
     return value
 
 
@@ -492,25 +490,26 @@ def _downloaded(address: str) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------- split
 
 
-def split_by_context(rows: list[Row], held_out: float = 0.1, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out, about `held_out` of the contexts, with no context on both sides.
+def split_by_context(rows: list, held_out: float = 0.1, seed: int = 0) -> tuple[list, list]:
+    """Rows (or Pairs) to train on and those held out, about `held_out` of the contexts, no context on both sides.
 
     Which side a context falls on is decided by a hash of the seed and the context alone, contexts that differ in case
     or spacing being the same: the order of the rows does not matter, and adding rows moves no others. Each side gets at
     least one context if there are two (which can move that one, in tiny data); a single context stays in training,
-    and nothing is held out. held_out = 0 holds nothing out.
+    and nothing is held out. held_out = 0 holds nothing out. A Pair that does not know its context goes by its prompt.
 
     Raises UserError unless 0 <= held_out < 1.
     """
     if not 0 <= held_out < 1:
         raise UserError(f"the share of contexts to hold out must be at least 0 and below 1, not {held_out}")
-    places = {row.context: _place(row.context, seed) for row in rows}
+    contexts = [row.context or row.prompt for row in rows]
+    places = {context: _place(context, seed) for context in set(contexts)}
     order = sorted(set(places.values()))
     limit = held_out if len(order) > 1 else 0.0
     if limit > 0:  # the first place is held out and the last one is not, whatever the share
         limit = min(max(limit, math.nextafter(order[0], 1)), order[-1])
-    train = [row for row in rows if places[row.context] >= limit]
-    return train, [row for row in rows if places[row.context] < limit]
+    held = [places[context] < limit for context in contexts]
+    return list(compress(rows, [not out for out in held])), list(compress(rows, held))
 
 
 def _place(context: str, seed: int) -> float:
@@ -535,21 +534,24 @@ class Pair(NamedTuple):
 
 def load_pairs(path: str) -> list[Pair]:
     """The pairs of a JSON-lines file, in its order. Raises UserError that names line and field."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"--pairs {path}: no such file; make_pairs.py writes it")
     pairs = []
-    for number, record in enumerate(read_jsonl(path), 1):
-        place = f"{path} line {number}"
+    for place, record in _read(Path(path), ".jsonl", path):
         for field in ("prompt", "chosen", "rejected"):
-            value = record.get(field)
-            if not isinstance(value, str) or not value.strip():
+            if field not in record:
+                present = ", ".join(repr(_shorten(name, 20)) for name in record) or "none at all"
                 raise UserError(
-                    f"{place}: the field {field!r} must be a text that is not empty; mend or remove the line"
+                    f"{place}: no field {field!r}; the fields are {present}; make_pairs.py writes all three"
                 )
-        if record["chosen"] == record["rejected"]:
+        # A prompt keeps the newline at its end; apart from that all texts are made as tidy as rows are.
+        prompt = _UNSEEN.sub("", record["prompt"]) if isinstance(record["prompt"], str) else record["prompt"]
+        _text(place, "prompt", "prompt", prompt)
+        chosen, rejected = (_text(place, field, field, record[field]) for field in ("chosen", "rejected"))
+        if chosen == rejected:
             raise UserError(f"{place}: chosen and rejected are the same text; remove the line")
-        context, type = record.get("context") or "", record.get("type") or ""
-        pairs.append(Pair(record["prompt"], record["chosen"], record["rejected"], context, type, place))
+        context, type = (str(record.get(field) or "") for field in ("context", "type"))
+        pairs.append(Pair(prompt, chosen, rejected, context, type, place))
     if not pairs:
         raise UserError(f"{path}: no pairs in the file; run make_pairs.py")
     return pairs

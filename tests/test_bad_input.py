@@ -10,7 +10,7 @@ import re
 import pytest
 
 from socratiq import errors
-from socratiq.data import load_rows
+from socratiq.data import load_pairs, load_rows
 
 GOOD = b"context,question,type\nSome text.,Why?,clarity\n"
 
@@ -43,8 +43,8 @@ def json_line(**changed) -> bytes:
 
 FILES = [
     # ---- files that are not what they are called
-    ("rows.csv", b"", "{path}: the file is empty; expected rows of a context, a question and a type"),
-    ("rows.jsonl", b"", "{path}: the file is empty; expected rows of a context, a question and a type"),
+    ("rows.csv", b"", "{path}: the file is empty; it must hold at least one row"),
+    ("rows.jsonl", b"", "{path}: the file is empty; it must hold at least one row"),
     ("rows.csv", b"\n\n", "{path}: holds no rows; a row needs a context, a question and a type"),
     ("rows.csv", b"context,question,type\n", "{path}: holds no rows; a row needs a context, a question and a type"),
     ("rows.jsonl", b" \n", "{path}: holds no rows; a row needs a context, a question and a type"),
@@ -232,18 +232,18 @@ FILES = [
     (
         "rows.jsonl",
         json_line() + b'["a", "b"]\n',
-        '{path} line 3: expected an object with context, question and type, found ["a", "b"]',
+        '{path} line 3: expected an object of named fields, found ["a", "b"]',
     ),
     ("rows.json", b'[{"context": "a"},\n{]', "{path}: not JSON from line 2 character 2 on (...); mend it"),
     (
         "rows.json",
         b'[1, {"context": "a"}]',
-        "{path} row 1: expected an object with context, question and type, found 1",
+        "{path} row 1: expected an object of named fields, found 1",
     ),
     (
         "rows.json",
         b'"a text"',
-        '{path} row 1: expected an object with context, question and type, found "a text"',
+        '{path} row 1: expected an object of named fields, found "a text"',
     ),
     ("rows.json", b"[" * 100_000, "{path}: not JSON that can be read (nested too deeply)"),
     ("rows.json", b"[" + b"9" * 5000 + b"]", "{path}: not JSON that can be read (...)"),
@@ -336,3 +336,43 @@ def test_bad_sources(tmp_path, monkeypatch, capsys, source, split, expected):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "bad.csv").write_text("a,b\n1,2\n")
     assert_same(message_of(capsys, lambda: load_rows(source, split)), expected)
+
+
+PAIR = {"prompt": "Ask.", "chosen": "Why?", "rejected": "What?"}
+PAIRS = [
+    (b"", "{path}: the file is empty; it must hold at least one row"),
+    (b"\n", "{path}: no pairs in the file; run make_pairs.py"),
+    (b"prompt,chosen,rejected\n", "{path} line 1: not JSON from character 1 on (Expecting value); mend it"),
+    (b"[1]\n", "{path} line 1: expected an object of named fields, found [1]"),
+    (b'\n{"prompt": "caf\xe9"}\n', "{path} line 2: byte 0xe9 at position 16 is not UTF-8; save the file as UTF-8"),
+    (
+        {"question": "Why?", "good": "a", "bad": "b"},
+        "{path} line 1: no field 'prompt'; the fields are 'question', 'good', 'bad'; make_pairs.py writes all three",
+    ),
+    ({**PAIR, "chosen": " \n"}, "{path} line 1: the chosen is empty; fill it in or remove the row"),
+    ({**PAIR, "rejected": None}, "{path} line 1: the rejected is missing; fill it in or remove the row"),
+    ({**PAIR, "rejected": 3}, "{path} line 1: the rejected is 3 (int); write it as text"),
+    ({**PAIR, "prompt": ["Ask."]}, "{path} line 1: the prompt is ['Ask.'] (list); write it as text"),
+    (
+        {**PAIR, "chosen": [{"role": "assistant", "content": "Why?"}]},
+        "{path} line 1: the chosen is [{'role': 'assistant', 'content': 'Wh... (list); write it as text",
+    ),
+    (
+        {**PAIR, "chosen": "What? \u200b"},
+        "{path} line 1: chosen and rejected are the same text; remove the line",
+    ),
+]
+
+
+@pytest.mark.parametrize("content, expected", PAIRS)
+def test_bad_pairs(tmp_path, capsys, content, expected):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    assert_same(message_of(capsys, lambda: load_pairs(str(path))), expected.replace("{path}", str(path)))
+
+
+def test_no_pairs(capsys):
+    assert_same(
+        message_of(capsys, lambda: load_pairs("gone.jsonl")),
+        "--pairs gone.jsonl: no such file; make_pairs.py writes it",
+    )

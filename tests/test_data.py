@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from socratiq import data
-from socratiq.data import Row, clean, load_rows, split_by_context
+from socratiq.data import Row, clean, load_pairs, load_rows, split_by_context
 from socratiq.errors import UserError
 from socratiq.taxonomy import OTHERS, TYPES
 
@@ -386,6 +385,34 @@ def test_nothing_to_hold_out():
             split_by_context(rows_of("a", "b"), held_out=share)
 
 
+# ------------------------------------------------------------------------------------------------------------- pairs
+
+
+def test_pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(
+        "\n"
+        + json_lines(
+            [
+                {
+                    "prompt": "Ask.\n",
+                    "chosen": " Why?\ud83d",
+                    "rejected": "What?",
+                    "context": "A text.",
+                    "type": "Clarity",
+                },
+                {"prompt": "Ask again.", "chosen": "Why?", "rejected": "What?", "extra": 1},
+                {"prompt": "Ask more.", "chosen": "Why?", "rejected": "What?", "context": None},
+            ]
+        )
+    )
+    pairs = load_pairs(str(path))
+    assert pairs[0] == ("Ask.\n", "Why?", "What?", "A text.", "Clarity", f"{path} line 2")
+    assert pairs[1] == ("Ask again.", "Why?", "What?", "", "", f"{path} line 3")
+    train, held_out = split_by_context(pairs, 0.5)  # those without a context go by their prompts
+    assert train and held_out and len(train) + len(held_out) == 3
+
+
 # -------------------------------------------------------------------------------------------------------------- size
 
 
@@ -398,15 +425,13 @@ def test_a_hundred_thousand_rows_in_bounded_memory_and_time(tmp_path):
         for number in range(100_000):
             file.write(f'"{number} {"some words, " * 40}","Why is it number {number}?",clarity\n')
     program = (
-        "from socratiq.data import load_rows, split_by_context\n"
+        "import time; from socratiq.data import load_rows, split_by_context\n"
         f"train, held_out = split_by_context(load_rows({str(path)!r}))\n"
-        "print(len(train) + len(held_out))\n"
+        "print(len(train) + len(held_out), round(time.process_time()))\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"  # peak, in kB
     )
-    start = time.monotonic()
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    seconds = time.monotonic() - start
-    rows, kilobytes = map(int, run.stdout.split())
+    rows, seconds, kilobytes = map(int, run.stdout.split())
     assert rows == 100_000
     assert kilobytes < 250_000
     assert seconds < 30
