@@ -18,7 +18,7 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
 
 
 class replacing:
-    """`with replacing(path) as temporary:` write the file or folder `temporary`; it becomes `path` unless that failed."""
+    """`with replacing(path) as temporary:` write the file or folder `temporary`; it becomes `path` if all went well."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
