@@ -1,0 +1,142 @@
+"""Let models ask, and let models read what was asked: the machinery behind `evaluate` and `ask`.
+
+A task is one text and one type. Reading gives log pi(y_t | prompt, y_<t) for every token of every question of a task,
+whoever asked it: the questions of all stages and of people hang on one prompt, which is run once (socratiq/batch.py).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from socratiq.batch import make_batch
+from socratiq.errors import UserError, bar, warn
+from socratiq.model import load_policy, load_tokenizer, token_logprobs
+from socratiq.prompts import decode, encode_completion, encode_prompt
+from socratiq.sampling import sample
+from socratiq.training import derive_seed
+
+
+class Task(NamedTuple):
+    """Ask one type of question about one text."""
+
+    place: int  # number of the text
+    context: str
+    type: str
+    human: list[str] = []  # noqa: RUF012  (what people asked here; never changed)
+
+
+class Answer(NamedTuple):
+    """A question as a model asked it."""
+
+    text: str
+    ids: list[int]  # token ids, EOS included if it was drawn
+    ended: bool  # it was drawn
+
+
+class Model:
+    """A frozen policy, its tokenizer, and how it is asked. `option` is what messages call it: "--sft"."""
+
+    def __init__(self, name: str, option: str = "--model", device="auto", dtype="auto", max_prompt_tokens: int = 512):
+        self.name, self.max_prompt_tokens = name, max_prompt_tokens
+        try:
+            self.tokenizer = load_tokenizer(name)
+            self.policy = load_policy(name, device, dtype, trainable=False)
+        except UserError as error:
+            raise UserError(str(error).replace("--model", option)) from None
+
+    def prompt(self, task: Task) -> list[int]:
+        return encode_prompt(self.tokenizer, task.context, task.type, self.max_prompt_tokens)
+
+    def ask(
+        self, tasks: list[Task], samples: int, max_new_tokens: int, temperature: float, seed: int, on_token=None
+    ) -> list[list[Answer]]:
+        """`samples` questions for each task. What is drawn depends on seed, text and type, not on the other tasks."""
+        eos = self.tokenizer.eos_token_id
+        completions = sample(
+            self.policy,
+            [self.prompt(task) for task in tasks],
+            samples,
+            max_new_tokens,
+            eos,
+            temperature=temperature,
+            seeds=[derive_seed(seed, "ask", task.context, task.type) for task in tasks],
+            on_token=on_token,
+        )
+        return [[Answer(decode(self.tokenizer, ids), ids, ids[-1] == eos) for ids in row] for row in completions]
+
+    def human(self, tasks: list[Task]) -> list[list[Answer]]:
+        """The human questions of each task in this model's tokens."""
+        return [[Answer(text, encode_completion(self.tokenizer, text), True) for text in task.human] for task in tasks]
+
+    @torch.no_grad()
+    def read(self, tasks: list[Task], answers: dict[str, list[list[Answer]]], batch_size: int, desc: str):
+        """Log-probs of all answers to all tasks, whoever gave them.
+
+        answers: by name, answers[name][task] a list of any length -> by name, one (tokens,) tensor an answer, in the
+        order of tasks and answers.
+        """
+        found: dict[str, list[torch.Tensor]] = {name: [] for name in answers}
+        for start in bar(range(0, len(tasks), batch_size), desc=desc):
+            some = range(start, min(start + batch_size, len(tasks)))
+            rows = [[answer.ids for rows in answers.values() for answer in rows[t]] for t in some]
+            width = max(1, max(len(row) for row in rows))
+            rows = [row + [[]] * (width - len(row)) for row in rows]  # every row of a batch has the same K
+            batch = make_batch([self.prompt(tasks[t]) for t in some], rows)
+            logprobs = token_logprobs(self.policy, batch.to(self.policy.device))["logprobs"].cpu()
+            for t, row in zip(some, logprobs, strict=True):
+                place = 0
+                for name, rows in answers.items():
+                    for answer in rows[t]:
+                        found[name].append(row[place, : len(answer.ids)])
+                        place += 1
+        return found
+
+
+class Readings(NamedTuple):
+    """Log-probs by stage: one tensor an answer, one number a token."""
+
+    own: dict[str, list[torch.Tensor]]  # the stage's questions by the stage itself
+    human: dict[str, list[torch.Tensor]]  # the human questions by the stage
+    base: dict[str, list[torch.Tensor]]  # the stage's (and the human) questions by the base model
+    sft: dict[str, list[torch.Tensor]]  # the stage's questions by the SFT model
+
+
+def ask_all(models: dict[str, str], tasks: list[Task], args) -> tuple[dict[str, list[list[Answer]]], Readings]:
+    """Answers by stage ("human" among them, first), and what the models think of them. One model in memory at a time.
+
+    Each model is opened once to ask; base and SFT are opened once more, to read what all have asked.
+    """
+    answers: dict[str, list[list[Answer]]] = {"human": [[] for _ in tasks]}
+    own, human, vocabularies = {}, {}, {}
+
+    def opened(stage):
+        return Model(models[stage], f"--{stage}", args.device, args.dtype, args.max_prompt_tokens)
+
+    for stage in models:
+        model = opened(stage)
+        said: list[list[Answer]] = []
+        with bar(total=len(tasks), desc=f"{stage} asks") as progress:
+            for start in range(0, len(tasks), args.batch_size):
+                some = tasks[start : start + args.batch_size]
+                said += model.ask(some, args.samples_per_prompt, args.max_new_tokens, args.temperature, args.seed)
+                progress.update(len(some))
+        people = model.human(tasks)
+        found = model.read(tasks, {stage: said, "human": people}, args.batch_size, f"{stage} reads")
+        own[stage], human[stage] = found[stage], found["human"]
+        answers[stage], vocabularies[stage] = said, model.tokenizer.get_vocab()
+        if stage == next(iter(models)):
+            answers["human"] = people
+        del model  # the next one may need the room
+
+    alike = [stage for stage in models if vocabularies[stage] == vocabularies[next(iter(models))]]
+    if len(alike) < len(models):
+        warn(f"only {', '.join(alike)} share a vocabulary; the others get no perplexity under base and no KL to SFT")
+    by = {}
+    for reader in ("base", "sft"):
+        others = {stage: answers[stage] for stage in alike if stage != reader}
+        by[reader] = {reader: own[reader], "human": human[reader]} if reader in alike else {}
+        if reader in alike and others:
+            by[reader] |= opened(reader).read(tasks, others, args.batch_size, f"{reader} reads all")
+    return answers, Readings(own, human, by["base"], by["sft"])
