@@ -17,7 +17,7 @@ What differs from the paper:
  4. With --loss ipo the log-probs are means per token, not sums, so that length does not set the scale.
 """
 
-from socratiq import cli
+from socratiq import cli, distributed
 from socratiq.errors import bar, main
 from socratiq.run import Run
 
@@ -64,6 +64,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    distributed.start(args.device)
     run = Run(args, "dpo")
     if run.finished:
         return
@@ -96,28 +97,33 @@ def run_stage():
 
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
     for pair, (prompt, questions) in zip(pairs, encoded, strict=True):
         policy.check_length(len(prompt) + max(map(len, questions)), pair.source)
 
     def forward(chosen):
         """Log-probs of the two questions of these pairs: per completion (B, 2), and per token with their mask."""
-        batch = make_batch([encoded[i][0] for i in chosen], [encoded[i][1] for i in chosen]).to(policy.device)
+        batch = make_batch([encoded[i][0] for i in chosen], [encoded[i][1] for i in chosen], samples=2)
+        batch = batch.to(policy.device)
         logprobs = token_logprobs(policy, batch)["logprobs"]  # (B, 2, C)
         return sequence_logps(logprobs, batch.mask, average=args.loss == "ipo"), logprobs, batch
 
     # The reference, once: before its first update the policy is the reference.
     state = run.load(policy, optimizer)
     reference_file = run.out / "reference.safetensors"
-    if not reference_file.exists():
+    if not distributed.first(reference_file.exists):
         cli.check(not state, f"{reference_file} is gone; put it back, or --restart to begin anew")
-        reference_logps = torch.empty(len(pairs), 2)
+        reference_logps = torch.zeros(len(pairs), 2)
         with torch.no_grad():
             for start in bar(range(0, len(pairs), args.batch_size), desc="reference"):
-                chosen = range(start, min(start + args.batch_size, len(pairs)))
-                reference_logps[chosen.start : chosen.stop] = forward(chosen)[0].cpu()
-        with replacing(reference_file) as temporary:
-            save_file({"logps": reference_logps}, temporary)
+                mine = distributed.share(range(start, min(start + args.batch_size, len(pairs))))
+                reference_logps[mine] = forward(mine)[0].cpu()
+        reference_logps = distributed.all_sum(reference_logps)
+        if distributed.rank() == 0:
+            with replacing(reference_file) as temporary:
+                save_file({"logps": reference_logps}, temporary)
+        distributed.first(reference_file.exists)  # the others wait for it
     reference_logps = load_file(reference_file)["logps"].to(policy.device)  # (pairs, 2)
 
     def preference(chosen):
@@ -156,9 +162,11 @@ def run_stage():
         parts = []
         with torch.no_grad():
             for start in range(held_out.start, held_out.stop, args.batch_size):
-                losses, figures, _, _ = preference(range(start, min(start + args.batch_size, held_out.stop)))
+                mine = distributed.share(range(start, min(start + args.batch_size, held_out.stop)))
+                losses, figures, _, _ = preference(mine)
                 parts.append({"loss": losses, **figures})
-        return {f"eval/{name}": torch.cat([part[name] for part in parts]).mean().item() for name in parts[0]}
+        sums = distributed.all_sum({name: torch.cat([part[name] for part in parts]).sum() for name in parts[0]})
+        return {f"eval/{name}": x.item() / len(held_out) for name, x in sums.items()}
 
     # Loop.
     window = args.batch_size * args.accumulate
@@ -176,10 +184,12 @@ def run_stage():
         chosen_tokens = sum(len(encoded[i][1][0]) for i in chosen)
         loss, sums = 0.0, {}
         for start in range(0, len(chosen), args.batch_size):
-            part, figures, _ = loss_of(chosen[start : start + args.batch_size], len(chosen), chosen_tokens)
+            mine = distributed.share(chosen[start : start + args.batch_size])
+            part, figures, _ = loss_of(mine, len(chosen), chosen_tokens)
             part.backward()
             loss += part.item()
             sums = {name: sums.get(name, 0) + x.sum() / len(chosen) for name, x in figures.items()}
+        loss, sums = distributed.all_sum(loss), distributed.all_sum(sums)
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
         norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch, **sums}

@@ -19,7 +19,7 @@ What differs from the usual implementation:
  5. An update stops early when the approximate KL from the rollout's policy exceeds --target-kl.
 """
 
-from socratiq import cli
+from socratiq import cli, distributed
 from socratiq.errors import main
 from socratiq.run import Run
 
@@ -95,6 +95,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    distributed.start(args.device)
     run = Run(args, "ppo")
     if run.finished:
         return
@@ -135,6 +136,7 @@ def run_stage():
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, value_head=True, seed=args.seed)
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
+    distributed.shard(policy)
     reward = load_reward(args.reward, args.scorer, policy, tokenizer)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
     kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
@@ -149,20 +151,36 @@ def run_stage():
     def ask(tasks, *purpose, temperature=args.temperature, samples=args.samples_per_prompt):
         """Steps 2 and 3: questions to the tasks, as ids and text, their scores (B, K), and the parts of the scores."""
         prompts = [encode_prompt(tokenizer, context, type, args.max_prompt_tokens) for context, type in tasks]
-        seeds = [training.derive_seed(args.seed, *purpose, b) for b in range(len(prompts))]
+        mine = distributed.share(range(len(tasks))) or [0]  # a process without a task repeats one, for nobody
         completions = sample(
-            policy, prompts, samples, args.max_new_tokens, tokenizer.eos_token_id, temperature=temperature, seeds=seeds
+            policy,
+            [prompts[b] for b in mine],
+            samples,
+            args.max_new_tokens,
+            tokenizer.eos_token_id,
+            temperature=temperature,
+            seeds=[training.derive_seed(args.seed, *purpose, b) for b in mine],
         )
-        questions = [decode(tokenizer, ids) for row in completions for ids in row]
-        contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
-        scores, parts = reward(list(contexts), questions, list(types))
-        return prompts, completions, questions, scores.view(len(tasks), samples), parts
+        questions = [[decode(tokenizer, ids) for ids in row] for row in completions]
+        contexts, types = zip(*[tasks[b] for b in mine for _ in range(samples)], strict=True)
+        scores, parts = reward(list(contexts), [question for row in questions for question in row], list(types))
+
+        def all_tasks(rows):
+            """One entry for each of `mine` -> one for each of `tasks`."""
+            return distributed.collect(list(rows))[: len(tasks)]
+
+        def grid(x):  # (mine * K,) -> (tasks, K)
+            return torch.stack(all_tasks(x.cpu().view(len(mine), samples)))
+
+        completions, questions = all_tasks(completions), [text for row in all_tasks(questions) for text in row]
+        return prompts, completions, questions, grid(scores), {name: grid(x) for name, x in parts.items()}
 
     def batches(prompts, completions, size):
-        """(rows, batch) of consecutive rows, `size` at a time."""
+        """(rows, batch) of consecutive rows, `size` at a time; of these, the rows of this process."""
         for start in range(0, len(prompts), size):
-            rows = slice(start, start + size)
-            yield rows, make_batch(prompts[rows], completions[rows]).to(policy.device)
+            rows = distributed.share(range(start, min(start + size, len(prompts))))
+            batch = make_batch([prompts[i] for i in rows], [completions[i] for i in rows], args.samples_per_prompt)
+            yield rows, batch.to(policy.device)
 
     def evaluate(step):
         """Mean score on held-out contexts; the same tasks and random numbers every time."""
@@ -176,29 +194,34 @@ def run_stage():
         return {"eval/scores": scores.mean(), "eval/eos_rate": sum(ended) / len(ended)}
 
     def loss_of(rollout, chosen):
-        """Step 6 for these prompts of a rollout: the loss, its figures, and the tensors it is made of."""
-        batch = make_batch([rollout.prompts[i] for i in chosen], [rollout.completions[i] for i in chosen])
-        batch = batch.to(policy.device)
+        """Step 6 for these prompts of a rollout: the loss, its figures, and the tensors it is made of.
+
+        Of several processes each has its part of the prompts and of the loss; the figures are of all.
+        """
+        tokens = sum(len(ids) for i in chosen for ids in rollout.completions[i])
+        chosen = distributed.share(chosen)
+        prompts, completions = [rollout.prompts[i] for i in chosen], [rollout.completions[i] for i in chosen]
+        batch = make_batch(prompts, completions, args.samples_per_prompt).to(policy.device)
         mask, length = batch.mask, batch.mask.shape[-1]
         old_logprobs, values, advantages, returns = (
             getattr(rollout, name)[chosen, :, :length] for name in ("old_logprobs", "values", "advantages", "returns")
         )
         new = token_logprobs(policy, batch, args.temperature)
-        policy_loss, clipfrac = losses.policy_loss(new["logprobs"], old_logprobs, advantages, mask, args.clip)
-        value_loss, value_clipfrac = losses.value_loss(new["values"], values, returns, mask, args.clip)
+        policy_loss, clipfrac = losses.policy_loss(new["logprobs"], old_logprobs, advantages, mask, args.clip, tokens)
+        value_loss, value_clipfrac = losses.value_loss(new["values"], values, returns, mask, args.clip, tokens)
         with torch.no_grad():
             moved = losses.kl_estimate(old_logprobs, new["logprobs"], "k3", mask)  # from old to new
             ratio = (new["logprobs"] - old_logprobs).exp()
             figures = {
-                "policy/approxkl": losses.masked_mean(moved, mask),
+                "policy/approxkl": losses.masked_mean(moved, mask, tokens),
                 "policy/clipfrac": clipfrac,
                 "policy/loss": policy_loss.detach(),
                 "val/loss": value_loss.detach(),
                 "val/clipfrac": value_clipfrac,
-                "val/ratio": losses.masked_mean(ratio, mask),
+                "val/ratio": losses.masked_mean(ratio, mask, tokens),
             }
         tensors = {**new, "old_logprobs": old_logprobs, "advantages": advantages, "returns": returns}
-        return policy_loss + args.vf_coef * value_loss, figures, tensors
+        return policy_loss + args.vf_coef * value_loss, distributed.all_sum(figures), tensors
 
     def suspect(rollout, i):
         """Prompt i of a rollout for the case that it gives a number that is not finite."""
@@ -250,6 +273,7 @@ def run_stage():
                     old[name][rows, :, :length] = x
                 with policy.reference():
                     old["reference"][rows, :, :length] = token_logprobs(policy, batch, args.temperature)["logprobs"]
+        old = {name: distributed.all_sum(x) for name, x in old.items()}  # each had its rows, the rest was zero
 
         # 5. Rewards and advantages.
         kl_coef = kl_control.value
@@ -273,7 +297,7 @@ def run_stage():
                 loss, figures, _ = loss_of(rollout, chosen)
                 loss.backward()
                 norm = training.update(
-                    run, policy, optimizer, step + 1, lr, loss.detach(), args.max_grad_norm,
+                    run, policy, optimizer, step + 1, lr, distributed.all_sum(loss.detach()), args.max_grad_norm,
                     chosen, functools.partial(suspect, rollout),
                 )  # fmt: skip
                 if norm is None:  # skipped

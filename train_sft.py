@@ -18,7 +18,7 @@ What differs from the plainest SFT:
  5. The best checkpoint by held-out loss is what is saved, not the last.
 """
 
-from socratiq import cli
+from socratiq import cli, distributed
 from socratiq.errors import bar, main
 from socratiq.run import Run
 
@@ -50,6 +50,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
+    distributed.start(args.device)
     run = Run(args, "sft")
     if run.finished:
         return
@@ -83,12 +84,14 @@ def run_stage():
 
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
     for row, (prompt, question) in zip(train_rows + held_out_rows, train + held_out, strict=False):
         policy.check_length(len(prompt) + len(question), f"{row.source} under --max-prompt-tokens")
 
     def batch_of(pairs):
-        return make_batch([prompt for prompt, _ in pairs], [[completion] for _, completion in pairs]).to(policy.device)
+        prompts, completions = [prompt for prompt, _ in pairs], [[completion] for _, completion in pairs]
+        return make_batch(prompts, completions, samples=1).to(policy.device)
 
     def alone(i):
         """Row i for the case that it gives a number that is not finite."""
@@ -99,13 +102,12 @@ def run_stage():
 
     def evaluate():
         """Mean loss per question token over the held-out rows."""
-        total, tokens = 0.0, 0
+        total, tokens = 0.0, sum(len(question) for _, question in held_out)
         with torch.no_grad():
             for start in range(0, len(held_out), args.batch_size):
-                batch = batch_of(held_out[start : start + args.batch_size])
+                batch = batch_of(distributed.share(held_out[start : start + args.batch_size]))
                 total += sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask, total=1).item()
-                tokens += int(batch.mask.sum())
-        return total / tokens
+        return distributed.all_sum(total) / tokens
 
     # Loop.
     window = args.batch_size * args.accumulate
@@ -124,11 +126,12 @@ def run_stage():
         tokens = sum(len(train[i][1]) for i in chosen)  # question tokens of the whole update
         loss = 0.0
         for start in range(0, len(chosen), args.batch_size):
-            batch = batch_of([train[i] for i in chosen[start : start + args.batch_size]])
+            batch = batch_of([train[i] for i in distributed.share(chosen[start : start + args.batch_size])])
             logprobs = token_logprobs(policy, batch)["logprobs"]  # (B, 1, C)
             part = sft_loss(logprobs, batch.mask, total=tokens)
             part.backward()
             loss += part.item()
+        loss = distributed.all_sum(loss)
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
         norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
@@ -138,8 +141,10 @@ def run_stage():
             metrics["eval/perplexity"] = training.perplexity(metrics["eval/loss"])
             if metrics["eval/loss"] < (math.inf if best_loss is None else best_loss):
                 best_loss = metrics["eval/loss"]
-                with replacing(best) as temporary:
-                    save_file({name: x.detach().contiguous() for name, x in policy.trainable().items()}, temporary)
+                weights = distributed.gather({name: x.detach() for name, x in policy.trainable().items()})
+                if distributed.rank() == 0:
+                    with replacing(best) as temporary:
+                        save_file({name: x.contiguous() for name, x in weights.items()}, temporary)
         run.log(step + 1, **metrics)
         run.log_time(step + 1, time.perf_counter() - started, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
         run.progress.set_postfix(loss=f"{loss:.3f}")
@@ -150,9 +155,10 @@ def run_stage():
         run.leave_if_asked(policy, optimizer, **state)
 
     # Save the best weights.
-    if best.exists():
+    if distributed.first(best.exists):
+        weights = policy.trainable()
         for name, tensor in load_file(best, device=str(policy.device)).items():
-            policy.trainable()[name].data.copy_(tensor)
+            weights[name].data.copy_(distributed.part(tensor, weights[name]))
     save_policy(policy, tokenizer, run.out, args.model)
     run.finish(steps=steps, **{"eval/loss first": first_loss, "eval/loss best": best_loss})
     fell = (

@@ -183,7 +183,7 @@ def gather(tensors: dict) -> dict:
     for name, tensor in tensors.items():
         tensor = whole(tensor)  # on every process, but only one tensor at a time
         if _rank == 0:
-            gathered[name] = tensor.cpu()
+            gathered[name] = tensor.to("cpu", copy=True)  # without the padding that uneven shards leave behind it
     return gathered
 
 
