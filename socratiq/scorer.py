@@ -62,6 +62,10 @@ class Scorer:
         """Fit on rows with .context, .question, .type; rows of type "others" are negatives for every type."""
         rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))  # the order of the rows never matters
         types = sorted({r.type for r in rows} - {"others"})
+        if not types:  # in all rows, or in those that a fold leaves
+            raise UserError(
+                "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts"
+            )
         weight, bias = fit_linear([r.question for r in rows], [r.type for r in rows], types)
         scorer = cls(types, weight, bias, gates.Overlap.fit([r.context for r in rows]))
         scorer.warnings = contradictions(rows)
