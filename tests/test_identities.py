@@ -16,15 +16,24 @@ def close(actual, expected, tolerance=2e-5):
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, check_dtype=False)
 
 
-def one_by_one(policy, prompt, completion, temperature=1.0):
-    """The textbook way, a plain transformers forward for one sequence: log-probs (C,) and last hidden states (C, H)."""
+def plain_lm(policy):
+    """The same weights in a plain transformers model, with transformers' own attention."""
     lm = small_lm(attention="sdpa")
     lm.load_state_dict(policy.lm.state_dict())
+    return lm
+
+
+def one_by_one(lm, prompt, completion, temperature=1.0):
+    """The textbook way, one forward for one sequence: log-probs of all tokens (C, V), last hidden states (C, H)."""
     ids = torch.tensor([prompt + completion])
     out = lm(ids, output_hidden_states=True)
     before = slice(len(prompt) - 1, ids.shape[1] - 1)  # the state before a token predicts it
-    logprobs = (out.logits[0, before] / temperature).log_softmax(-1)
-    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0], out.hidden_states[-1][0, before]
+    return (out.logits[0, before] / temperature).log_softmax(-1), out.hidden_states[-1][0, before]
+
+
+def of(logprobs, completion):
+    """(C, V) -> (C,), those of the completion's own tokens."""
+    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
 
 def gradients(policy):
@@ -42,10 +51,11 @@ def test_packed_rows_equal_one_forward_per_sequence(samples, temperature):
     prompts, completions = small_rows(samples)
     batch = make_batch(prompts, completions)
     out = token_logprobs(policy, batch, temperature)
+    lm = plain_lm(policy)
     for b, prompt in enumerate(prompts):
         for k, completion in enumerate(completions[b]):
-            logprobs, hidden = one_by_one(policy, prompt, completion, temperature)
-            close(out["logprobs"][b, k, : len(completion)], logprobs)
+            logprobs, hidden = one_by_one(lm, prompt, completion, temperature)
+            close(out["logprobs"][b, k, : len(completion)], of(logprobs, completion))
             close(out["values"][b, k, : len(completion)], policy.value_head(hidden)[:, 0])
             assert batch.mask[b, k].sum() == len(completion)
     assert (out["logprobs"][~batch.mask.bool()] == 0).all()
@@ -58,13 +68,12 @@ def test_gradient_of_packed_rows_equals_one_forward_per_sequence():
     sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask).backward()
     packed = gradients(policy)
 
-    plain = small_lm(attention="sdpa")
+    plain = plain_lm(policy)
     total = sum(len(completion) for row in completions for completion in row)
     for prompt, row in zip(prompts, completions, strict=True):
         for completion in row:
-            ids = torch.tensor([prompt + completion])
-            logprobs = plain(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            (-logprobs.gather(-1, torch.tensor(completion)[:, None]).sum() / total).backward()
+            logprobs, _ = one_by_one(plain, prompt, completion)
+            (-of(logprobs, completion).sum() / total).backward()
     close(packed, torch.cat([weight.grad.flatten() for weight in plain.parameters()]))
 
 
@@ -104,9 +113,10 @@ def test_longer_neighbours_and_their_padding_change_nothing():
     assert (beside[:4, :, alone.shape[-1] :] == 0).all()
 
 
-def scored(policy, prompts, completions):
+def scored(policy, prompts, completions, temperature=1.0):
+    """Log-probs and mask, (B, K, C) each."""
     batch = make_batch(prompts, completions)
-    return token_logprobs(policy, batch)["logprobs"], batch.mask
+    return token_logprobs(policy, batch, temperature)["logprobs"], batch.mask
 
 
 # ------------------------------------------------------------------------------------------------- accumulation
@@ -218,18 +228,26 @@ def test_the_reference_never_changes(lora_rank):
 # ------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_the_sampler_draws_from_the_distribution_that_is_trained():
-    """Greedy decoding picks, token by token, what the training forward finds most likely."""
+def test_greedy_decoding_picks_what_the_training_forward_finds_most_likely():
     policy = small_policy()
+    lm = plain_lm(policy)
     prompts, _ = small_rows(rows=6)
     completions = sample(policy, prompts, 1, max_new_tokens=8, eos_id=EOS, temperature=0)
     for prompt, (completion,) in zip(prompts, completions, strict=True):
-        likeliest, _ = one_by_one(policy, prompt, completion)
-        for t, token in enumerate(completion):  # no other token would have had a higher log-prob
-            others = [
-                one_by_one(policy, prompt, [*completion[:t], other])[0][t] for other in range(3, 12) if other != token
-            ]
-            assert likeliest[t] > max(others) - 1e-5
+        assert one_by_one(lm, prompt, completion)[0].argmax(-1).tolist() == completion
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_come_from_the_distribution_that_is_trained(temperature):
+    """4,000 samples of two tokens: each pair of tokens as often as its log-prob says, to within sampling noise."""
+    policy = small_policy()
+    prompt, count = [1, 5, 7, 3], 4000
+    (samples,) = sample(policy, [prompt], count, max_new_tokens=2, eos_id=EOS, temperature=temperature)
+    for pair in {tuple(completion) for completion in samples}:
+        logprobs, mask = scored(policy, [prompt], [[list(pair)]], temperature)
+        p = sequence_logps(logprobs, mask).exp().item()
+        seen = sum(tuple(completion) == pair for completion in samples) / count
+        assert abs(seen - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1 / count
 
 
 def test_a_prompt_s_samples_do_not_depend_on_its_neighbours():

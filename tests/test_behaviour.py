@@ -1,0 +1,221 @@
+"""Training on models small enough to know the answer: does each loss, followed downhill, do what its paper promises?"""
+
+from itertools import pairwise
+from math import exp, log
+
+import pytest
+import torch
+from small import EOS, VOCABULARY, small_policy, small_rows
+
+from socratiq.batch import make_batch
+from socratiq.losses import (
+    AdaptiveKL,
+    dpo_loss,
+    gae,
+    kl_estimate,
+    policy_loss,
+    sequence_logps,
+    sft_loss,
+    shape_rewards,
+    value_loss,
+    whiten,
+)
+from socratiq.model import token_logprobs
+from socratiq.sampling import sample
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------- SFT
+
+
+@pytest.mark.parametrize("lora_rank", [0, 8], ids=["every-weight", "adapters"])
+def test_sft_overfits_one_row(lora_rank):
+    policy = small_policy(lora_rank=lora_rank)
+    prompt, question = [1, 5, 7, 3], [8, 4, 9, 9, 6, EOS]
+    batch = make_batch([prompt], [[question]])
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        loss = sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 1 and losses[-1] < 0.01
+    assert sample(policy, [prompt], 1, max_new_tokens=10, eos_id=EOS, temperature=0) == [[question]]  # EOS and all
+
+
+# ---------------------------------------------------------------------------------------------------------- DPO
+
+
+def preference(policy, batch, reference):
+    """log pi / pi_ref of both completions of each pair, (B, 2)."""
+    return sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask) - reference
+
+
+def train_on_one_pair(kind, beta=0.5, lr=3e-5, steps=15):
+    """Plain gradient descent on one pair: the reward margin beta * h before each step, and the loss."""
+    policy = small_policy()
+    batch = make_batch(*small_rows(samples=2, rows=1))
+    reference = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask).detach()
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=lr)
+    margins, losses = [], []
+    for _ in range(steps):
+        logps = preference(policy, batch, reference) + reference
+        loss, chosen, rejected = dpo_loss(*logps.unbind(1), *reference.unbind(1), beta, kind=kind)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+        margins.append((chosen - rejected).item())
+        losses.append(loss.item())
+    return margins, losses
+
+
+def rises(numbers):
+    return all(later > earlier for earlier, later in pairwise(numbers))
+
+
+def test_dpo_on_one_pair_drives_the_margin_up_from_0():
+    margins, losses = train_on_one_pair("sigmoid")
+    assert margins[0] == 0 and losses[0] == pytest.approx(log(2))
+    assert rises(margins) and rises(losses[::-1])
+
+
+def test_ipo_on_one_pair_drives_the_margin_to_one_half():
+    margins, _ = train_on_one_pair("ipo")
+    assert margins[0] == 0 and rises(margins[:5])
+    assert margins[-1] == pytest.approx(0.5, abs=0.01)  # beta h = beta / (2 beta), and there it stays
+
+
+def test_hinge_on_one_pair_stops_at_a_margin_of_one():
+    margins, losses = train_on_one_pair("hinge", lr=1e-4)
+    assert margins[0] == 0 and rises(margins[:4])
+    assert margins[-1] >= 1 and margins[-1] == margins[-2] and losses[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "slope"),
+    [("sigmoid", -0.5 / 2), ("hinge", -0.5), ("ipo", -2 / (2 * 0.5))],  # dL/dh at h = 0 for beta = 0.5
+)
+def test_first_dpo_step_follows_the_analytic_gradient(kind, slope):
+    """It is dL/dh * grad h, and at the start h = 0 for every pair: -beta/2, -beta and -1/beta times grad h."""
+    policy = small_policy()
+    weights = list(policy.trainable().values())
+    batch = make_batch(*small_rows(samples=2, rows=3))
+    reference = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask).detach()
+
+    def h():
+        gains = preference(policy, batch, reference)
+        return (gains[:, 0] - gains[:, 1]).mean()
+
+    grad_h = torch.autograd.grad(h(), weights)
+    logps = preference(policy, batch, reference) + reference
+    loss, _, _ = dpo_loss(*logps.unbind(1), *reference.unbind(1), beta=0.5, kind=kind)
+    grad_loss = torch.autograd.grad(loss.mean(), weights)
+    for actual, expected in zip(grad_loss, grad_h, strict=True):
+        close(actual, slope * expected, 1e-5)
+
+    lr = 1e-4  # one step of plain gradient descent raises h by lr * |slope| * |grad h|^2
+    with torch.no_grad():
+        for weight, gradient in zip(weights, grad_loss, strict=True):
+            weight -= lr * gradient
+    predicted = lr * -slope * sum(gradient.square().sum() for gradient in grad_h)
+    assert h().item() == pytest.approx(predicted.item(), rel=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------- PPO
+
+PROMPT, TARGET = [1, 5, 7, 3], 6  # the policy begins by answering 6 with a probability of 0.07
+
+
+def bandit(kl_coef, steps=40, samples=64, lr=0.02, max_new_tokens=1, kl_target=None):
+    """PPO where the reward is 1 if the target token appears. Returns the policy, and per step mean score and mean KL.
+
+    The steps are those of train_ppo.py: rollout, score, shaped rewards, advantages, two epochs of clipped updates.
+    """
+    policy = small_policy(value_head=True)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=lr, eps=1e-5, weight_decay=0.0)
+    control = AdaptiveKL(kl_coef, kl_target or 1.0, horizon=2 * samples)
+    mean_scores, kls = [], []
+    for step in range(steps):
+        completions = sample(policy, [PROMPT], samples, max_new_tokens, eos_id=EOS, seeds=[step])
+        batch = make_batch([PROMPT], completions)
+        scores = ((batch.tokens == TARGET) & batch.mask.bool()).any(-1).float()
+        with torch.no_grad():
+            old = token_logprobs(policy, batch)
+            with policy.reference():
+                reference = token_logprobs(policy, batch)["logprobs"]
+        rewards = shape_rewards(scores, old["logprobs"], reference, batch.mask, control.value)
+        advantages, returns = gae(rewards, old["values"], batch.mask, gamma=1.0, lam=0.95)
+        advantages = whiten(advantages, batch.mask)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (1 - step / steps)
+        for _ in range(2):
+            new = token_logprobs(policy, batch)
+            policy_part, _ = policy_loss(new["logprobs"], old["logprobs"], advantages, batch.mask, clip=0.2)
+            value_part, _ = value_loss(new["values"], old["values"], returns, batch.mask, clip=0.2)
+            optimizer.zero_grad()
+            (policy_part + 0.1 * value_part).backward()
+            optimizer.step()
+        kl = kl_estimate(old["logprobs"], reference, "k1", batch.mask).sum(-1).mean()
+        if kl_target:
+            control.update(kl, samples)
+        mean_scores.append(scores.mean().item())
+        kls.append(kl.item())
+    return policy, mean_scores, kls
+
+
+def first_token(policy):
+    """Probabilities of the first token of the answer by policy and reference, (V,) each: computed, not estimated."""
+    batch = make_batch([PROMPT], [[[token] for token in range(VOCABULARY)]])
+    with torch.no_grad():
+        now = token_logprobs(policy, batch)["logprobs"].flatten().exp()
+        with policy.reference():
+            return now, token_logprobs(policy, batch)["logprobs"].flatten().exp()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """kl_coef -> (probabilities by the trained policy, by the reference)."""
+    return {kl_coef: first_token(bandit(kl_coef)[0]) for kl_coef in (0.0, 0.3, 1.0, 3.0, 100.0)}
+
+
+def test_ppo_goes_from_chance_to_certainty(trained):
+    policy, reference = trained[0.0]
+    assert reference[TARGET] < 0.1 and policy[TARGET] > 0.9
+
+
+def test_ppo_under_a_kl_penalty_ends_at_the_policy_that_theory_predicts(trained):
+    """The maximum of E[r] - c KL(pi, pi_ref) is pi(y) = pi_ref(y) exp(r(y) / c) / Z (Rafailov et al. 2023 eq. 4)."""
+    for kl_coef in (0.3, 1.0, 3.0):
+        policy, reference = trained[kl_coef]
+        optimum = reference.clone()
+        optimum[TARGET] *= exp(1 / kl_coef)
+        optimum /= optimum.sum()
+        close(policy, optimum, 0.05)
+
+
+def test_kl_falls_as_kl_coef_grows(trained):
+    kls = [(policy * (policy / reference).log()).sum().item() for policy, reference in trained.values()]
+    assert kls[0] > 2 * kls[1] > 4 * kls[2] > 8 * kls[3]
+
+
+def test_with_a_large_kl_coef_the_policy_does_not_move(trained):
+    policy, reference = trained[100.0]
+    close(policy, reference, 0.05)
+
+
+def test_ppo_finds_the_token_anywhere_in_a_longer_answer():
+    """The score arrives at the end of up to four tokens, and GAE carries it back to the one that earned it."""
+    _, scores, _ = bandit(kl_coef=0.01, max_new_tokens=4)
+    assert scores[0] < 0.4 and min(scores[-5:]) > 0.9
+
+
+def test_adaptive_kl_coef_brings_the_kl_back_to_its_target():
+    _, _, free = bandit(kl_coef=0.1)
+    _, _, steered = bandit(kl_coef=0.1, steps=60, kl_target=0.5)
+    assert sum(free[-10:]) / 10 > 2
+    assert 0.1 < sum(steered[-10:]) / 10 < 1
