@@ -1,0 +1,83 @@
+"""What several test files share: small inputs for the scripts, and the process that forks them (tests/scripts.py)."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """Starts scripts without the seconds that importing torch takes."""
+    from scripts import Scripts
+
+    with Scripts() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs) and scorer/."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def poisoned(tmp_path_factory) -> Path:
+    """A model that turns to NaN on every text with a snowman in it, and on no other."""
+    import torch
+
+    from socratiq.model import load_tokenizer, open_model, save_model
+    from socratiq.prompts import plain_ids
+
+    folder = tmp_path_factory.mktemp("poisoned") / "model"
+    tokenizer, lm = load_tokenizer("tiny"), open_model("tiny", torch.float32)
+    lm.config.tie_word_embeddings = False
+    state = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
+    state["model.embed_tokens.weight"][plain_ids(tokenizer, "\u2603")[-1]] = torch.nan
+    save_model(lm, state, tokenizer, folder)
+    return folder
+
+
+def make_inputs(folder: Path) -> None:
+    from socratiq.data import Row
+    from socratiq.prompts import build_prompt
+    from socratiq.scorer import Scorer
+
+    subjects = [
+        "dogs",
+        "trams",
+        "taxes",
+        "farms",
+        "films",
+        "bikes",
+        "books",
+        "games",
+        "ships",
+        "birds",
+        "songs",
+        "roads",
+    ]
+    rows, pairs = [], []
+    for subject in subjects:
+        context = f"I think that {subject} are good."
+        questions = {"Clarity": f"What do you mean by good {subject}?", "Analogy": f"Are {subject} really like clouds?"}
+        for type, question in questions.items():
+            rows.append({"context": context, "question": question, "type": type})
+            other = next(text for name, text in questions.items() if name != type)
+            pairs.append(
+                {
+                    "prompt": build_prompt(context, type),
+                    "chosen": question,
+                    "rejected": other,
+                    "context": context,
+                    "type": type,
+                }
+            )
+    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs)):
+        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Scorer.fit([Row(row["context"], row["question"], row["type"], "") for row in rows]).save(folder / "scorer")

@@ -1,0 +1,65 @@
+"""What a test changes in a script's process before it starts (the `patch` of tests/scripts.py), one function each."""
+
+import os
+import resource
+
+
+def small_disk():
+    """No file may grow beyond $LIMIT bytes, as if the disk were full: the system then says EFBIG."""
+    limit = int(os.environ["LIMIT"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def slow_steps():
+    """Every forward pass takes a while, so that a signal comes in the middle of a step."""
+    import time
+
+    import socratiq.model as model
+
+    original = model.token_logprobs
+
+    def token_logprobs(*args, **options):
+        time.sleep(0.05)
+        return original(*args, **options)
+
+    model.token_logprobs = token_logprobs
+
+
+def endless_step():
+    """The second update never comes to its end."""
+    import time
+
+    import socratiq.training as training
+
+    original, calls = training.update, []
+
+    def update(*args, **options):
+        calls.append(1)
+        if len(calls) > 4:  # PPO updates four times a step
+            time.sleep(60)
+        return original(*args, **options)
+
+    training.update = update
+
+
+def endless_loading():
+    """Opening the model never comes to its end."""
+    import time
+
+    import socratiq.model as model
+
+    def load_policy(*args, **options):
+        print("loading", flush=True)
+        time.sleep(60)
+
+    model.load_policy = load_policy
+
+
+def all_end_at_once():
+    """Every question of a rollout is empty: the model says it is done and nothing else."""
+    import socratiq.sampling as sampling
+
+    def sample(policy, prompts, samples, max_new_tokens, eos_id, **options):
+        return [[[eos_id] for _ in range(samples)] for _ in prompts]
+
+    sampling.sample = sample

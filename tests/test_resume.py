@@ -1,0 +1,333 @@
+"""Killed at any moment, restarted with the same command: the same bytes in the end.
+
+Scripts are real processes killed by real signals (tests/scripts.py). A kill comes either at a random time or at one
+disk operation, counted: before it, after it, or when half of a line or of a file is written. bench/soak.py does the
+same at every disk operation there is.
+"""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Weights, logs and figures; timings.jsonl tells what the clock said.
+SAME = ("model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "summary.json",
+        "train_args.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")  # fmt: skip
+WHILE_AT_WORK = {"checkpoint.safetensors", "best.safetensors", "reference.safetensors", "nonfinite"}
+
+FULL, BFLOAT = ["--lora-rank", "0"], ["--dtype", "bfloat16"]
+ACCUMULATE = ["--batch-size", "3", "--accumulate", "2"]
+CASES = {
+    "sft": ["train_sft.py", "--epochs", "2", "--batch-size", "5"],
+    "sft full bfloat16 accumulated": ["train_sft.py", "--steps", "8", *ACCUMULATE, *FULL, *BFLOAT],
+    "dpo": ["train_dpo.py", "--epochs", "2", "--batch-size", "5", "--sft-coef", "0.1"],
+    "dpo bfloat16 accumulated": ["train_dpo.py", "--steps", "8", *ACCUMULATE, *BFLOAT],
+    "dpo full": ["train_dpo.py", "--steps", "5", "--batch-size", "4", *FULL, "--checkpoint-every", "3"],
+    "ppo": ["train_ppo.py", "--steps", "3", "--kl-target", "0.01", "--kl-horizon", "20"],
+    "ppo full bfloat16": ["train_ppo.py", "--steps", "3", *FULL, *BFLOAT],
+}
+
+
+def command(case: str, inputs: Path, out: Path | str = "out") -> list[str]:
+    """The case's command line; what it names more than once, the last one counts."""
+    script, *own = CASES[case]
+    common = ["--model", "tiny", "--out", str(out), "--lr", "1e-3", "--held-out", "0.2", "--device", "cpu",
+              "--dtype", "float32", "--checkpoint-every", "2"]  # fmt: skip
+    common += (
+        ["--pairs", str(inputs / "pairs.jsonl")] if script == "train_dpo.py" else ["--data", str(inputs / "rows.jsonl")]
+    )
+    if script == "train_ppo.py":
+        data += ["--scorer", inputs / "scorer", "--batch-size", "5", "--samples-per-prompt", "2", "--max-new-tokens",
+                 "6", "--eval-every", "2", "--eval-prompts", "3", "--checkpoint-every", "1"]  # fmt: skip
+    return [script, *common, *map(str, data), *own]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What must be the same after any number of kills."""
+    return {name: (out / name).read_bytes() for name in SAME if (out / name).exists()}
+
+
+@pytest.fixture(scope="session")
+def whole(scripts, inputs, tmp_path_factory):
+    """whole(case): what an uninterrupted run leaves, and how many disk operations it took."""
+    known = {}
+
+    def run(case):
+        if case not in known:
+            folder = tmp_path_factory.mktemp("whole")
+            status, said, complained = scripts.run(command(case, inputs), cwd=folder, at=-1)
+            assert (status, complained) == (0, "")
+            known[case] = contents(folder / "out"), int(said.split()[-3])
+            left = {path.name for path in (folder / "out").iterdir()}
+            assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left)
+        return known[case]
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kills(case, scripts, inputs, whole, tmp_path):
+    """Three or four kills on the way, then the end: the same bytes, and nothing left lying about."""
+    wanted, operations = whole(case)
+    chance = random.Random(case)
+    kills = 0
+    for how in ("before", "half", "after", "time", "none"):
+        at = chance.randrange(operations) if how in ("before", "half", "after") else None
+        job = scripts.start(command(case, inputs), cwd=tmp_path, at=at, how=how)
+        if how == "time":
+            job.until(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
+            time.sleep(chance.random() * 0.5)
+            job.kill(signal.SIGKILL)
+        status, _, complained = job.wait()
+        assert status in (0, -signal.SIGKILL), complained
+        kills += status != 0
+    assert status == 0 and kills
+    assert contents(tmp_path / "out") == wanted
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
+def test_a_polite_stop_finishes_the_step(case, number, status, scripts, inputs, whole, tmp_path):
+    """One line, the signal's exit status, and a checkpoint of the very step that was under way."""
+    out, metrics = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    job = scripts.start(command(case, inputs), cwd=tmp_path, patch="patches:slow_steps")
+    job.until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 1)
+    job.kill(number)
+    left, _, complained = job.wait()
+    assert left == status and complained.count("\n") == 1
+    assert complained == f"{signal.Signals(number).name}: stopped at a checkpoint; the same command continues\n"
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    left, said, complained = scripts.run(command(case, inputs), cwd=tmp_path)
+    assert left == 0 and f"continuing out after step {steps[-1]}\n" in said
+    assert contents(out) == whole(case)[0]
+
+
+def test_the_second_ctrl_c_leaves_at_once(scripts, inputs, whole, tmp_path):
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    job = scripts.start(command("ppo", inputs), cwd=tmp_path, patch="patches:endless_step")
+    job.until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 1)
+    job.kill(signal.SIGINT)
+    time.sleep(0.2)
+    assert not job.ended()
+    job.kill(signal.SIGINT)
+    status, _, complained = job.wait()
+    assert (status, complained) == (130, "SIGINT: stopped; the same command continues\n")
+    assert scripts.run(command("ppo", inputs), cwd=tmp_path)[0] == 0
+    assert contents(tmp_path / "out") == whole("ppo")[0]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_while_the_model_is_being_loaded_a_signal_ends_the_run_at_once(number, status, scripts, inputs, tmp_path):
+    job = scripts.start(command("sft", inputs), cwd=tmp_path, patch="patches:endless_loading")
+    job.until(lambda: "loading" in Path(job.out).read_text())
+    job.kill(number)
+    left, _, complained = job.wait()
+    assert left == status and complained == f"{signal.Signals(number).name}: stopped; the same command continues\n"
+    assert not (tmp_path / "out").exists()
+
+
+# --- the same command, another command, the same place
+
+
+def begun(scripts, case, inputs, folder):
+    """A run of this case, stopped after its first checkpoint."""
+    job = scripts.start(command(case, inputs), cwd=folder, patch="patches:slow_steps")
+    job.until(lambda: (folder / "out" / "checkpoint.safetensors").exists())
+    job.kill(signal.SIGTERM)
+    assert job.wait()[0] == 143
+
+
+def refused(scripts, arguments, folder) -> str:
+    """The one line with which the script refuses; nothing in the folder is changed by it."""
+
+    def state():
+        return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+    before = state()
+    status, said, complained = scripts.run(arguments, cwd=folder)
+    assert status == 2 and said == "" and complained.startswith("error: ") and complained.count("\n") == 1
+    assert state() == before
+    return complained
+
+
+def test_changed_arguments_and_inputs_are_refused_by_name(scripts, inputs, whole, tmp_path):
+    own = tmp_path / "inputs"
+    shutil.copytree(inputs, own)
+    model = tmp_path / "model"
+    status, _, complained = scripts.run(command("sft", inputs, model), cwd=tmp_path)
+    assert status == 0, complained
+    arguments = [*command("ppo", own), "--model", str(model)]
+    status, _, complained = scripts.run(arguments, cwd=tmp_path, at=60)
+    assert status == -signal.SIGKILL and (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+    says = refused(scripts, [*arguments, "--lr", "2e-3"], tmp_path)
+    assert "out was begun with --lr 0.001, now it is 0.002" in says and "--restart" in says
+    assert "--steps 3, now it is 4" in refused(scripts, [*arguments, "--steps", "4"], tmp_path)
+    assert "a run of train_ppo.py" in refused(scripts, command("sft", own), tmp_path)
+
+    for path, option in ((own / "rows.jsonl", "--data"), (own / "scorer" / "scorer.json", "--scorer"),
+                         (model / "model.safetensors", "--model")):  # fmt: skip
+        before = path.read_bytes()
+        path.write_bytes(before[:-9] + b" " + before[-8:])
+        says = refused(scripts, arguments, tmp_path)
+        assert f"what {option} " in says and "it has changed" in says
+        path.write_bytes(before)
+
+    (model / "samples.jsonl").write_text("{}")  # says nothing of the model
+    free = [*arguments, "--checkpoint-every", "7", "--skip-nonfinite", "5"]
+    assert scripts.run(free, cwd=tmp_path)[0] == 0
+
+    before = (own / "rows.jsonl").read_bytes()  # of a finished run too: its model is not that of the new rows
+    (own / "rows.jsonl").write_bytes(before + before.splitlines(keepends=True)[0].replace(b"good", b"bad"))
+    assert "what --data " in refused(scripts, arguments, tmp_path)
+
+
+def test_changed_pairs_are_refused(scripts, inputs, whole, tmp_path):
+    own = tmp_path / "inputs"
+    shutil.copytree(inputs, own)
+    begun(scripts, "dpo", own, tmp_path)
+    lines = (own / "pairs.jsonl").read_bytes().splitlines(keepends=True)
+    (own / "pairs.jsonl").write_bytes(b"".join(lines[:-1]))
+    assert "what --pairs " in refused(scripts, command("dpo", own), tmp_path)
+
+
+def test_a_finished_run_says_so_and_does_nothing(scripts, inputs, tmp_path):
+    assert scripts.run(command("sft", inputs), cwd=tmp_path)[0] == 0
+    (tmp_path / "out" / "checkpoint.safetensors").write_text("left by a kill between the summary and its removal")
+    probe = (
+        "import os, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, os.path.dirname(sys.argv[0]))\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    script, *arguments = command("sft", inputs)
+    before = contents(tmp_path / "out")
+    done = subprocess.run(
+        [sys.executable, "-c", probe, str(Path(__file__).parent.parent / script), *arguments],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "out is finished already; --restart begins anew\nFalse\n" and done.returncode == 0
+    assert contents(tmp_path / "out") == before and not (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def test_restart_begins_anew(scripts, inputs, whole, tmp_path):
+    """Also when arguments and pairs have changed, and when the restart itself is killed at any of its first steps."""
+    own = tmp_path / "inputs"
+    shutil.copytree(inputs, own)
+    assert scripts.run([*command("dpo", own), "--beta", "0.3", "--steps", "2"], cwd=tmp_path)[0] == 0
+    (tmp_path / "out" / "samples.jsonl").write_text("{}\n")
+    lines = (own / "pairs.jsonl").read_bytes().splitlines(keepends=True)
+    (own / "pairs.jsonl").write_bytes(b"".join(lines[::-1]))  # another order: the reference is another one too
+    assert scripts.run([*command("dpo", own, "anew")], cwd=tmp_path)[0] == 0
+    for at in (0, 1, 2, 4, 7, 8, 9, 10, 14, 18):
+        status, _, complained = scripts.run([*command("dpo", own), "--restart"], cwd=tmp_path, at=at)
+        assert status == -signal.SIGKILL, complained
+        assert not ((tmp_path / "out" / "config.json").exists() and at > 1), "the old model under new arguments"
+    assert scripts.run(command("dpo", own), cwd=tmp_path)[0] == 0
+    ours, wanted = contents(tmp_path / "out"), contents(tmp_path / "anew")
+    assert b'"restart": true' in ours.pop("train_args.json") and wanted.pop("train_args.json") and ours == wanted
+
+
+def test_two_processes_do_not_share_a_folder(scripts, inputs, tmp_path):
+    job = scripts.start(command("sft", inputs), cwd=tmp_path, patch="patches:slow_steps")
+    job.until(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
+    status, _, complained = scripts.run(command("sft", inputs), cwd=tmp_path)
+    assert status == 2 and "another process is at work there" in complained
+    job.kill(signal.SIGKILL)
+    assert job.wait()[0] == -signal.SIGKILL
+    assert scripts.run(command("sft", inputs), cwd=tmp_path)[0] == 0
+
+
+# --- full disks, and other places that cannot be written
+
+
+@pytest.mark.parametrize("case", ["sft", "ppo"])
+def test_a_full_disk_leaves_the_last_checkpoint_good(case, scripts, inputs, whole, tmp_path):
+    """Nothing above 100 kB can be written: neither checkpoint nor model; later it can."""
+    begun(scripts, case, inputs, tmp_path)
+    checkpoint = tmp_path / "out" / "checkpoint.safetensors"
+    before = checkpoint.read_bytes()
+    options = {"patch": "patches:small_disk", "env": {"LIMIT": "100000"}}
+    status, _, complained = scripts.run(command(case, inputs), cwd=tmp_path, **options)
+    assert status == 1 and complained.startswith("error: no space left on the disk") and complained.count("\n") == 1
+    assert checkpoint.read_bytes() == before
+    assert scripts.run(command(case, inputs), cwd=tmp_path)[0] == 0
+    assert contents(tmp_path / "out") == whole(case)[0]
+
+
+@pytest.mark.parametrize("room", [150_000, 700_000])
+def test_a_disk_that_is_really_full(room, scripts, inputs, whole, tmp_path):
+    """A file system in memory that ends within the first checkpoint, or within the model."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "none", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount")
+    try:
+        status, _, complained = scripts.run(command("sft", inputs), cwd=disk)
+        assert status == 1 and complained.startswith("error: no space left on the disk"), complained
+        assert complained.count("\n") == 1 and not (disk / "out" / "summary.json").exists()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        assert "disk cannot be written" in refused(scripts, command("sft", inputs, "elsewhere"), disk)
+        subprocess.run(["mount", "-o", "remount,rw,size=10m", disk], check=True)
+        assert scripts.run(command("sft", inputs), cwd=disk)[0] == 0
+        assert contents(disk / "out") == whole("sft")[0]
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_places_that_do_not_do(scripts, inputs, tmp_path):
+    def out(place):
+        return refused(scripts, command("sft", inputs, place), tmp_path)
+
+    (tmp_path / "file").write_text("mine")
+    assert "file is a file, not a folder" in out("file")
+    assert "file is a file, not a folder" in out("file/below")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("mine")
+    assert "other exists and is no run of train_sft.py" in out("other")
+    for restart in ([], ["--restart"]):
+        assert "is no run of" in refused(scripts, [*command("sft", inputs, "other"), *restart], tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train_args.json").write_text("[]")
+    assert "broken/train_args.json was not written by train_sft.py" in out("broken")
+    (tmp_path / "empty").mkdir()
+    assert scripts.run(command("sft", inputs, "empty"), cwd=tmp_path)[0] == 0
+    twice = [*command("sft", inputs, "empty"), "--model", "empty", "--restart"]
+    assert "--out empty is the folder of --model" in refused(scripts, twice, tmp_path)
+
+
+def test_a_damaged_checkpoint_or_log_is_named(scripts, inputs, tmp_path):
+    begun(scripts, "sft", inputs, tmp_path)
+    out = tmp_path / "out"
+    whole_log, whole_checkpoint = (out / "metrics.jsonl").read_bytes(), (out / "checkpoint.safetensors").read_bytes()
+    (out / "metrics.jsonl").write_bytes(whole_log[:10])
+    status, _, complained = scripts.run(command("sft", inputs), cwd=tmp_path)
+    assert status == 2 and "out/metrics.jsonl is shorter than at the checkpoint" in complained
+    (out / "metrics.jsonl").write_bytes(whole_log)
+    (out / "checkpoint.safetensors").write_bytes(whole_checkpoint[:1000])
+    status, _, complained = scripts.run(command("sft", inputs), cwd=tmp_path)
+    assert status == 2 and "out/checkpoint.safetensors cannot be read" in complained
+    assert scripts.run([*command("sft", inputs), "--restart"], cwd=tmp_path)[0] == 0
+
+
+def test_nothing_outside_out_is_written_and_no_secret_inside(scripts, inputs, tmp_path):
+    secret = "sk-a-secret-that-nobody-should-read"
+    before = {path: path.stat().st_mtime_ns for path in inputs.rglob("*")}
+    for case in ("sft", "dpo", "ppo"):
+        environment = {"OPENAI_API_KEY": secret, "HF_TOKEN": secret}
+        status, said, complained = scripts.run(command(case, inputs, case), cwd=tmp_path, env=environment)
+        assert status == 0 and secret not in said + complained
+    assert {path.name for path in tmp_path.iterdir()} == {"sft", "dpo", "ppo"}
+    assert {path: path.stat().st_mtime_ns for path in inputs.rglob("*")} == before
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
