@@ -73,9 +73,9 @@ def parse_arguments(argv: list[str] | None = None):
     add("--seed", type=cli.count_or_none, default=0, help="seed of the split, the scorer and the local writer")
 
     add = parser.add_argument_group("what is chosen and what rejected, by strength: a probability, 0 to 1").add_argument
-    add("--chosen-min", type=strength, default=0.5, metavar="P", help="lowest strength of a chosen question")
-    add("--rejected-max", type=strength, default=0.25, metavar="P", help="highest strength of a rejected question")
-    add("--min-gap", type=strength, default=0.3, metavar="P", help="lowest difference between the two")
+    add("--chosen-min", type=strength, default=0.4, metavar="P", help="lowest strength of a chosen question")
+    add("--rejected-max", type=strength, default=0.2, metavar="P", help="highest strength of a rejected question")
+    add("--min-gap", type=strength, default=0.25, metavar="P", help="lowest difference between the two")
     add(
         "--max-attempts",
         type=cli.count,

@@ -4,7 +4,6 @@ make_pairs.py runs the loop, writers.py carries the requests; here are the words
 come in, and the log of answers on disk. No torch, no HTTP.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from socratiq.errors import UserError
-from socratiq.files import read_jsonl, to_json
+from socratiq.files import lock, read_jsonl, to_json
 from socratiq.taxonomy import TYPES, definition
 
 # A longer text loses its tail in a request to a server: a slip in the data must not cost a fortune.
@@ -185,21 +184,20 @@ class AnswerLog:
 
     def __init__(self, path: str | Path, model: str):
         self.path, self.model = Path(path), model
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "ab")  # noqa: SIM115  (open for the whole run: the lock lives with it)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); choose another --out") from None
-        lock(self.file, self.path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "ab")  # noqa: SIM115  (open for the whole run: the lock lives with it)
+        self._lock()
         self.answers: dict[tuple, Answer] = {}
         for number, line in enumerate(read_jsonl(self.path, repair=True), 1):
-            try:
-                key = tuple(line[name] for name in KEY)
-                self.answers[key] = Answer(*(line[name] for name in Answer._fields))
-            except KeyError as error:
-                raise UserError(f"{self.path} line {number}: no field {error}; remove the line") from None
+            missing = [name for name in (*KEY, *Answer._fields) if name not in line]
+            if missing or not isinstance(line["text"], str):
+                raise UserError(f"{self.path} line {number}: no field {(missing or ['text'])[0]!r}; remove the line")
+            self.answers[tuple(line[name] for name in KEY)] = Answer(*(line[name] for name in Answer._fields))
+        self._lock()  # again: closing the file after reading it has given the lock up
+
+    def _lock(self) -> None:
+        if not lock(self.file):
+            raise UserError(f"{self.path}: another make_pairs.py writes there; wait for it or choose another --out")
 
     def get(self, request: Request) -> Answer | None:
         return self.answers.get(self._key(request))
@@ -231,17 +229,3 @@ class AnswerLog:
 def digest(value) -> str:
     """Sixteen hexadecimal digits that stand for a plain JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def lock(file, path: Path) -> None:
-    """Let no second run write the same file, or both would pay for it. The lock dies with the process."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(
-            f"{path}: another make_pairs.py is at work on it; wait for it or choose another --out"
-        ) from None

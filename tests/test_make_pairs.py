@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import make_pairs
 from socratiq.data import Row
 from socratiq.errors import UserError
 from socratiq.pairs import Answer, AnswerLog, Job, Request, digest
-from socratiq.writers import Budget, Halted, LimitReached, OpenAIWriter, RowFailed
+from socratiq.writers import Halted, LimitReached, OpenAIWriter, RowFailed
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test-0123456789abcdef"
@@ -57,8 +58,6 @@ class SaysWriter:
     model, name, slots, group = "said", "said", 4, 1
 
     def __init__(self, say, group=1):
-        import threading
-
         self.say, self.group, self.asked, self.halt = say, group, [], threading.Event()
 
     def request(self, job):
@@ -120,7 +119,7 @@ def test_choose():
         Row("c3", "No question at all.", "Clarity", "r 6"),
         Row("c3", "How likely is that?", "Fear appeal", "r 7"),
     ]
-    strengths = torch.tensor([[0.8, 0.1, 0.1]] + [[0.1, 0.7, 0.1]] * 3 + [[0.9, 0.1, 0.1]] * 2 + [[0.1, 0.2, 0.49]])
+    strengths = torch.tensor([[0.8, 0.1, 0.1]] + [[0.1, 0.7, 0.1]] * 3 + [[0.9, 0.1, 0.1]] * 2 + [[0.1, 0.2, 0.39]])
     args = make_pairs.parse_arguments(["--writer", "local"])
     jobs, dropped = make_pairs.choose(rows, strengths, TYPES, {"c2"}, args)
     assert [(job.index, job.type, job.split) for job in jobs] == [
@@ -286,13 +285,19 @@ def test_halted_rows_are_left_for_later(tmp_path):
     assert not any(job.settled for job in jobs) and writer.asked == []
 
 
-def test_64_requests_are_under_way_at_once(tmp_path):
-    with FaultServer(latency=0.15) as server:
-        os.environ["NO_PROXY"] = "127.0.0.1"
-        writer = OpenAIWriter("m", server.url, KEY, concurrency=64, timeout=10, budget=Budget())
-        make(tmp_path, writer, number=256)
-        assert server.most_at_once >= 60
-        assert len(server.requests) >= 256
+def test_64_requests_are_under_way_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    everybody_is_there = threading.Event()
+
+    def patient(body):  # the first answer comes when 64 questions have
+        if server.most_at_once >= 64:
+            everybody_is_there.set()
+        assert everybody_is_there.wait(20)
+        return good_question(body)
+
+    with FaultServer(answer=patient) as server:
+        make(tmp_path, OpenAIWriter("m", server.url, KEY, concurrency=64, timeout=30), number=100)
+        assert server.most_at_once == 64
 
 
 # --- the script, as a user runs it ----------------------------------------------------------------------------------
@@ -447,8 +452,8 @@ def test_the_pairs_file(reference, rows_file):
         assert list(pair)[: len(order)] == order
         assert pair["prompt"] == build_prompt(pair["context"], pair["type"])
         assert pair["chosen"] != pair["rejected"]
-        assert pair["chosen_score"] >= 0.5 and pair["rejected_score"] <= 0.25
-        assert pair["chosen_score"] - pair["rejected_score"] >= 0.3
+        assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.2
+        assert pair["chosen_score"] - pair["rejected_score"] >= 0.25
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert {pair["attempts"] for pair in pairs} >= {1, 2}
     assert {pair["split"] for pair in pairs} == {"train", "held_out"}
@@ -612,7 +617,7 @@ def test_local_writer_survives_kills(rows_file, tmp_path):
         (["--limit", "0"], "--limit"),
         (["--concurrency", "-1"], "--concurrency"),
         (["--chosen-min", "1.5"], "--chosen-min"),
-        (["--chosen-min", "0.2"], "--rejected-max"),
+        (["--chosen-min", "0.1"], "--rejected-max"),
         (["--shard", "5/4"], "--shard"),
         (["--shard", "x"], "--shard"),
         (["--timeout", "0"], "--timeout"),

@@ -1,12 +1,16 @@
 """The writers against a server that misbehaves over real HTTP, and the words and the log they work with."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from fault_server import FaultServer
@@ -415,17 +419,16 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    first = AnswerLog(tmp_path / "a.jsonl", "m")
-    with pytest.raises(UserError, match="another"):
-        AnswerLog(tmp_path / "a.jsonl", "m")
-    first.close()
-    AnswerLog(tmp_path / "a.jsonl", "m")
-
-
-def test_a_place_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="choose another --out"):
-        AnswerLog(tmp_path / "file" / "a.jsonl", "m")
+    held = "from socratiq.pairs import AnswerLog; log = AnswerLog('a.jsonl', 'm'); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another"):
+            AnswerLog(tmp_path / "a.jsonl", "m")
+        other.kill()
+    AnswerLog(tmp_path / "a.jsonl", "m").close()
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
