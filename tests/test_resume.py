@@ -39,9 +39,7 @@ def command(case: str, inputs: Path, out: Path | str = "out") -> list[str]:
     script, *own = CASES[case]
     common = ["--model", "tiny", "--out", str(out), "--lr", "1e-3", "--held-out", "0.2", "--device", "cpu",
               "--dtype", "float32", "--checkpoint-every", "2"]  # fmt: skip
-    common += (
-        ["--pairs", str(inputs / "pairs.jsonl")] if script == "train_dpo.py" else ["--data", str(inputs / "rows.jsonl")]
-    )
+    data = ["--pairs", inputs / "pairs.jsonl"] if script == "train_dpo.py" else ["--data", inputs / "rows.jsonl"]
     if script == "train_ppo.py":
         data += ["--scorer", inputs / "scorer", "--batch-size", "5", "--samples-per-prompt", "2", "--max-new-tokens",
                  "6", "--eval-every", "2", "--eval-prompts", "3", "--checkpoint-every", "1"]  # fmt: skip
