@@ -1,0 +1,252 @@
+"""Every logged metric in one table: what it means, what is healthy, what it looks like when something is wrong.
+
+The report draws its curves from here, with the healthy range shaded. Names are those of metrics.jsonl.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Curve(NamedTuple):
+    """One metric in a chart."""
+
+    metric: str
+    label: str
+    color: str  # a colour of the report's style sheet: a stage, "held", "second", ...
+
+
+class Chart(NamedTuple):
+    """Metrics that are looked at together.
+
+    band:  the healthy range (low, high), infinite where open, or a function of (first values by metric, arguments of
+           the run) that gives one or None
+    mark:  a value to compare with and what it is
+    floor: a value the axis should show if it is near
+    since: the first step that is drawn: before the first update some figures say nothing
+    """
+
+    title: str
+    curves: tuple[Curve, ...]
+    meaning: str
+    healthy: str
+    sick: str
+    band: tuple[float, float] | Callable[[dict, dict], tuple[float, float] | None] | None = None
+    mark: tuple[float, str] | None = None
+    floor: float | None = None
+    since: int = 0
+
+
+def near_start(metric: str, low: float, high: float):
+    """A band that runs from `low` to `high` times the metric's first value."""
+
+    def band(first: dict, args: dict):
+        if metric not in first:
+            return None
+        return tuple(sorted((low * first[metric], high * first[metric])))
+
+    return band
+
+
+def clip_norm(first: dict, args: dict):
+    norm = args.get("max_grad_norm")
+    return (0, norm) if isinstance(norm, int | float) else None
+
+
+GRADIENT = Chart(
+    "Gradient norm",
+    (Curve("grad_norm", "before clipping", "second"),),
+    "Length of the gradient before it is clipped to --max-grad-norm (shaded: not clipped at all).",
+    "Settles after the warm-up, without leaps. Being clipped at every step is common and does no harm by itself.",
+    "Leaps of ten times and more, together with leaps of the loss: the learning rate is too high.",
+    clip_norm,
+    floor=0,
+)
+
+CHARTS: dict[str, tuple[Chart, ...]] = {
+    "sft": (
+        Chart(
+            "Loss",
+            (Curve("loss", "training", "sft"), Curve("eval/loss", "held out", "held")),
+            "Cross-entropy per question token, in nats: how surprised the model is by the human question.",
+            "Falls fast for some dozen updates, then slowly. The held-out dots follow at a small distance.",
+            "The held-out dots turn up while training goes on falling: it learns by heart; fewer --epochs. "
+            "Leaps: lower --lr.",
+        ),
+        Chart(
+            "Held-out perplexity",
+            (Curve("eval/perplexity", "held out", "held"),),
+            "exp(held-out loss): among how many equally likely tokens the model is undecided, on average.",
+            "A fraction of what it was before the first update. Human questions keep it well above 1.",
+            "Unchanged: nothing was learned (learning rate, labels). Near 1: a held-out text was trained on.",
+            floor=1,
+        ),
+        GRADIENT,
+    ),
+    "dpo": (
+        Chart(
+            "Loss",
+            (Curve("loss", "training", "dpo"), Curve("eval/loss", "held out", "held")),
+            "-log sigmoid of the margin. Policy and reference are equal at first, so it starts at ln 2 = 0.693.",
+            "Sinks steadily below ln 2, held-out pairs along with it.",
+            "Near 0 within an epoch: the pairs are too easy, or beta too small. Above ln 2: it learns the reverse.",
+            (0.2, math.log(2)),
+            (math.log(2), "ln 2: knows nothing"),
+        ),
+        Chart(
+            "Accuracy",
+            (Curve("rewards/accuracies", "training", "dpo"), Curve("eval/rewards/accuracies", "held out", "held")),
+            "Share of pairs whose chosen question gained more on the reference than the rejected one.",
+            "From a coin toss to 70-95%.",
+            "Stuck at 50%: the pairs carry no signal. 100% at once: they differ in something trivial, such as length.",
+            (0.7, 0.95),
+            (0.5, "coin toss"),
+            since=1,  # at step 0 every pair is a draw
+        ),
+        Chart(
+            "Margin",
+            (Curve("rewards/margins", "training", "dpo"), Curve("eval/rewards/margins", "held out", "held")),
+            "Reward of the chosen question less that of the rejected one: beta times the difference of log-ratios.",
+            "Grows from 0 to about 0.5-3 and flattens.",
+            "Held-out margin at 0 or below: nothing carries over. Growing without end: over-optimised; fewer updates.",
+            (0.5, 3),
+            floor=0,
+        ),
+        Chart(
+            "Rewards",
+            (Curve("rewards/chosen", "chosen", "dpo"), Curve("rewards/rejected", "rejected", "second")),
+            "beta times log(policy / reference) of each question: above 0 is likelier than it was before DPO.",
+            "Rejected falls; chosen stays near 0 or rises.",
+            "Both fall and chosen merely falls less, the well-known drift: the model forgets good questions too; "
+            "add --sft-coef 0.1, or a higher --beta.",
+            mark=(0.0, "as before DPO"),
+        ),
+        Chart(
+            "Log-probabilities",
+            (Curve("logps/chosen", "chosen", "dpo"), Curve("logps/rejected", "rejected", "second")),
+            "Sum of log-probs over the tokens of a question (shaded: chosen within 10% of where it began).",
+            "Chosen stays in the shade; rejected sinks below.",
+            "Chosen sinks too: see Rewards.",
+            near_start("logps/chosen", 0.9, 1.1),
+        ),
+        GRADIENT,
+    ),
+    "ppo": (
+        Chart(
+            "Score",
+            (Curve("objective/scores", "training", "ppo"), Curve("eval/scores", "held out", "held")),
+            "Mean reward of the questions of each rollout, by the scorer, before the price of KL.",
+            "Rises and flattens; the held-out dots rise with it.",
+            "Flat: learning rate too low or KL too dear. Rises while questions get odd: the scorer is being gamed. "
+            "Read the questions below.",
+            floor=0,
+        ),
+        Chart(
+            "What the score is made of",
+            (
+                Curve("reward/strength", "strength", "ppo"),
+                Curve("reward/form", "form", "dpo"),
+                Curve("reward/relatedness", "relatedness", "sft"),
+                Curve("reward/copying", "not copied", "human"),
+                Curve("reward/fluency", "fluency", "held"),
+                Curve("reward/probe", "probe", "second"),
+            ),
+            "The factors of the reward. Strength is the probability of the asked type; the others are gates.",
+            "Strength rises, the gates stay near 1.",
+            "A gate falls while strength rises: the policy trades sense for cue words.",
+            floor=1,
+        ),
+        Chart(
+            "KL to the reference",
+            (Curve("objective/kl", "k1", "ppo"), Curve("objective/kl_k3", "k3", "second")),
+            "How far the questions have moved from the model PPO began with, in nats per question.",
+            "Starts at 0, grows, flattens below about 10. k1 may dip below 0 by chance; k3 cannot.",
+            "Climbs without end: raise --kl-coef. Negative k1 for long: sampling and training disagree, a bug.",
+            (0, 10),
+            floor=0,
+        ),
+        Chart(
+            "Entropy",
+            (Curve("objective/entropy", "per token", "ppo"),),
+            "How undecided the model is about the next token, in nats (shaded: half of the start and above).",
+            "Sinks slowly.",
+            "Falls towards 0: it asks the same thing over and over; raise --kl-coef, lower --lr.",
+            near_start("objective/entropy", 0.5, 1.15),
+            floor=0,
+        ),
+        Chart(
+            "Clip fraction",
+            (Curve("policy/clipfrac", "policy", "ppo"), Curve("val/clipfrac", "value", "second")),
+            "Share of tokens whose ratio left 1 ± --clip, where the gradient is cut off.",
+            "Between 0.01 and 0.25.",
+            "Near 0: hardly anything is updated. Above 0.3: steps too long; lower --lr or --ppo-epochs.",
+            (0.01, 0.25),
+            floor=0,
+        ),
+        Chart(
+            "KL of one update",
+            (Curve("policy/approxkl", "k3, per token", "ppo"),),
+            "How far one update moves the policy from the one that wrote the questions.",
+            "Below 0.02, and under --target-kl, where an update stops early.",
+            "Above it again and again: lower --lr.",
+            (0, 0.02),
+            floor=0,
+        ),
+        Chart(
+            "Length",
+            (Curve("length", "tokens", "ppo"),),
+            "Mean tokens of a question, end-of-sequence included (shaded: within 30% of the start).",
+            "Stays about where it began.",
+            "Grows to --max-new-tokens, or shrinks to a stub: length is being rewarded.",
+            near_start("length", 0.7, 1.3),
+        ),
+        Chart(
+            "Ended by itself",
+            (Curve("eos_rate", "training", "ppo"), Curve("eval/eos_rate", "held out", "held")),
+            "Share of questions that drew the end-of-sequence token in time.",
+            "Above 0.95.",
+            "Falls: the missing-EOS penalty is too small, or --max-new-tokens too short.",
+            (0.95, 1.0),
+            floor=1,
+        ),
+        Chart(
+            "Explained variance",
+            (Curve("val/explained_variance", "value head", "ppo"),),
+            "How much of the returns the value head foresees: 1 all, 0 as much as their mean.",
+            "Starts near 0 and rises.",
+            "Negative for long: the value head misleads; lower --vf-coef or --lr.",
+            (0, 1),
+            (0.0, "no better than the mean"),
+        ),
+        Chart(
+            "Ratio",
+            (Curve("val/ratio", "new / old", "ppo"),),
+            "Mean probability ratio between the updated policy and the one that wrote the questions.",
+            "Within a few percent of 1; exactly 1 on the first pass.",
+            "Far from 1: steps too long. Not 1 on the first pass: sampling and training disagree, a bug.",
+            (0.95, 1.05),
+            (1.0, "unchanged"),
+        ),
+        Chart(
+            "Sameness",
+            (
+                Curve("diversity/repeated_openers", "same first three words", "second"),
+                Curve("diversity/near_duplicates", "nearly the same question", "ppo"),
+            ),
+            "Shares of a rollout's questions that resemble another one in it.",
+            "Stays about where it began.",
+            "Climbs towards 1: one phrase has won; see Entropy.",
+            near_start("diversity/repeated_openers", 0, 1.5),
+            floor=0,
+        ),
+        Chart(
+            "Value loss",
+            (Curve("val/loss", "value head", "second"),),
+            "Half the squared error of the value head, clipped.",
+            "Falls in the first iterations, then stays low.",
+            "Grows: see Explained variance.",
+            floor=0,
+        ),
+        GRADIENT,
+    ),
+}
