@@ -336,7 +336,7 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, total=None):
 def value_loss(new_values, old_values, returns, mask, clip, total=None):
     """Squared error of the value head, kept within `clip` of the values of the rollout:
 
-        V_clip = V_old + clip(V - V_old, -clip, clip)
+        V_clip = clip(V, V_old - clip, V_old + clip)
         L_t    = 1/2 max((V - R)^2, (V_clip - R)^2)                              L = sum_t m_t L_t / sum_t m_t
 
     Not in the PPO paper but in its code, as Engstrom et al. 2020 found.
@@ -345,7 +345,8 @@ def value_loss(new_values, old_values, returns, mask, clip, total=None):
     new_values only: old_values and returns are constants. `total` replaces sum_t m_t in both results.
     """
     new_values, old_values, returns = _masked(new_values, mask), _wide(old_values).detach(), _wide(returns).detach()
-    clipped_values = old_values + (new_values - old_values).clamp(-clip, clip)
+    # Not V_old + clip(V - V_old): its rounding would count as a clip wherever V is within the range.
+    clipped_values = new_values.clamp(old_values - clip, old_values + clip)
     unclipped = (new_values - returns).square()
     clipped = (clipped_values - returns).square()
     loss = 0.5 * masked_mean(torch.max(unclipped, clipped), mask, total)
