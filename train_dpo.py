@@ -96,7 +96,7 @@ def run_stage():
     train, held_out = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     # Model and optimiser.
-    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    policy = load_policy(args.model, args.device, args.dtype, **cli.model_options(args))
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
     for pair, (prompt, questions) in zip(pairs, encoded, strict=True):

@@ -133,7 +133,7 @@ def run_stage():
 
     # Model, reward, optimiser.
     tokenizer = load_tokenizer(args.model)
-    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, value_head=True, seed=args.seed)
+    policy = load_policy(args.model, args.device, args.dtype, value_head=True, **cli.model_options(args))
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     distributed.shard(policy)

@@ -83,7 +83,7 @@ def run_stage():
     held_out = [encode(row) for row in held_out_rows[: args.eval_rows]]
 
     # Model and optimiser.
-    policy = load_policy(args.model, args.device, args.dtype, lora_rank=args.lora_rank, seed=args.seed)
+    policy = load_policy(args.model, args.device, args.dtype, **cli.model_options(args))
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
     for row, (prompt, question) in zip(train_rows + held_out_rows, train + held_out, strict=False):

@@ -98,6 +98,21 @@ def add_model_arguments(parser: Parser, model: str) -> None:
     group.add_argument(
         "--max-prompt-tokens", type=count, default=512, metavar="TOKENS", help="a longer context loses its tail"
     )
+    group.add_argument(
+        "--grad-checkpoint",
+        action="store_true",
+        help="keep less for the backward pass and compute it again: less memory, a third more time, the same numbers",
+    )
+    group.add_argument(
+        "--load-in-4bit",
+        action="store_true",
+        help="hold the frozen weights under the adapters in 4 bits (needs bitsandbytes); what is written is not packed",
+    )
+
+
+def model_options(args) -> dict:
+    """What `load_policy` is told of these arguments, beside model, device and dtype."""
+    return {name: getattr(args, name) for name in ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit")}
 
 
 def check(condition: bool, message: str) -> None:

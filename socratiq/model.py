@@ -209,7 +209,7 @@ def load_policy(
             setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
     lm.to("cpu" if distributed.world() > 1 else where).eval()  # of several processes each takes its part alone there
     if grad_checkpoint:  # transformers' layers look after it themselves, in train mode; dropout is off all the same
-        lm.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         lm.train()
     torch.manual_seed(seed)
     if not trainable:
