@@ -31,7 +31,7 @@ from socratiq.errors import Stopped, UserError, bar
 from socratiq.files import append_jsonl, atomic_write, lock, remove, replacing, sync, to_json
 
 # Arguments that do not change the result: the command that continues a run may differ in them.
-FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "skip_nonfinite"}
+FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "skip_nonfinite", "grad_checkpoint"}
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 WORK = ("checkpoint.safetensors", "best.safetensors", "reference.safetensors")  # gone when the run is finished
 
@@ -42,6 +42,7 @@ INPUTS = {
     "pairs": (),
     "scorer": ("scorer.*",),
 }
+BUILT_IN = {"smollm2", "tiny", "socratiq"}  # no folders, even where a folder has that name
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
     def _check_place(self) -> bool:
         """Refuse --out unless it is free, or a run of this stage with these arguments. Is the run in it finished?"""
         model = Path(self.arguments["model"])
-        if model.is_dir() and self.out.is_dir() and model.samefile(self.out):
+        if self.out.is_dir() and model.is_dir() and model.samefile(self.out) and str(model) not in BUILT_IN:
             raise UserError(
                 f"--out {self.out} is the folder of --model; name another place for what is trained from it"
             )
@@ -108,11 +109,12 @@ class Run:
     def _compare(self, before: dict) -> None:
         mend = "--restart to begin anew, or another --out"
         now, contents = self.arguments, before.pop("contents", {})
-        for name in sorted((before.keys() | now.keys()) - FREE_ARGUMENTS - {"contents"}):
-            if before.get(name) != now.get(name):
+        # An argument that only one of them knows belongs to another version of this project.
+        for name in sorted((before.keys() & now.keys()) - FREE_ARGUMENTS - {"contents"}):
+            if before[name] != now[name]:
                 option = "--" + name.replace("_", "-")
                 raise UserError(
-                    f"{self.out} was begun with {option} {before.get(name)}, now it is {now.get(name)}; "
+                    f"{self.out} was begun with {option} {before[name]}, now it is {now[name]}; "
                     f"use the old value, {mend}"
                 )
         for name, content in now["contents"].items():
@@ -304,7 +306,7 @@ def fingerprint(argument: str, name: str) -> str | None:
     """
     path = SAMPLE if (argument, name) == ("data", "sample") else Path(name)
     files = [path] if path.is_file() else []
-    if path.is_dir():
+    if path.is_dir() and name not in BUILT_IN:
         files = sorted(file for pattern in INPUTS[argument] for file in path.glob(pattern) if file.is_file())
     if not files:
         return None
