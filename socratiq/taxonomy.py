@@ -124,12 +124,11 @@ def display_name(label: str) -> str:
     if known:
         return known
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", label)  # camelCase -> camel Case
-    words = re.sub(r"[\s_-]+", " ", words).strip(" -.,;:")
-    shouted = words.upper() == words and len(words) > 4  # CAUSAL_LINK is a way of writing, QA an abbreviation
-    words = " ".join(
-        word if word.isupper() and len(word) > 1 and not shouted else word.lower() for word in words.split()
-    )
-    words = words[:1].upper() + words[1:]
+    words = re.sub(r"[\s_-]+", " ", words).strip(" .,;:").lower()
+    first = words[:1].upper()
+    words = (first if len(first) == 1 else words[:1]) + words[
+        1:
+    ]  # some letters, such as ß, have no capital of their own
     return _NAMES.get(_key(words), words)
 
 
