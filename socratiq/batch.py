@@ -20,6 +20,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from socratiq import fused
+
+SHORT = 512  # keys of a row up to which the CPU keeps attention weights instead of computing them twice
 
 
 class Batch(NamedTuple):
@@ -44,33 +49,40 @@ class Batch(NamedTuple):
 class RowAttention:
     """Attention inside each row of a batch: causal, and blind to sibling completions.
 
-    `lengths` are the rows' token counts. `masks[b]` is (L, L), 0 where row b may look and -inf where it may not, or
-    None for a plain causal row (K = 1), which has a faster kernel.
+    The first `shared` tokens are the common start of all rows; `lengths` are the rows' own token counts. `masks[b]` is
+    (L, shared + L), 0 where row b may look and -inf where it may not, or None for a plain causal row (K = 1).
     """
 
-    def __init__(self, lengths: list[int], masks: list[torch.Tensor | None]):
-        self.lengths = lengths
-        self.masks = masks
+    def __init__(self, lengths: list[int], masks: list[torch.Tensor | None], shared: int = 0):
+        self.lengths, self.masks, self.shared = lengths, masks, shared
 
     def to(self, device) -> RowAttention:
-        return RowAttention(self.lengths, [None if mask is None else mask.to(device) for mask in self.masks])
+        masks = [None if mask is None else mask.to(device) for mask in self.masks]
+        return RowAttention(self.lengths, masks, self.shared)
 
     def __call__(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
-        rows = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)), self.masks, strict=True)
-        outputs = [
-            F.scaled_dot_product_attention(
-                q_row,
-                k_row,
-                v_row,
-                attn_mask=None if mask is None else mask.to(q.dtype),
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=True,
-            )
-            for q_row, k_row, v_row, mask in rows
-        ]  # each (1, heads, L, d)
+        (q0, *q_rows), (k0, *k_rows), (v0, *v_rows) = (x.split([self.shared, *self.lengths], dim=2) for x in (q, k, v))
+        outputs = [attend(q0, k0, v0, None, scale)] if self.shared else []
+        for q_row, k_row, v_row, mask in zip(q_rows, k_rows, v_rows, self.masks, strict=True):
+            if self.shared:
+                k_row, v_row = torch.cat([k0, k_row], dim=2), torch.cat([v0, v_row], dim=2)
+            outputs.append(attend(q_row, k_row, v_row, mask, scale))  # each (1, heads, L, d)
         return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, heads, d)
+
+
+def attend(q, k, v, mask, scale: float) -> torch.Tensor:
+    """Attention of the last Lq tokens of a row to all its Lk. `mask` (Lq, Lk) is added to the scores; None is causal.
+
+    q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d) -> (1, heads, Lq, d).
+    """
+    asking, asked = q.shape[2], k.shape[2]
+    if q.device.type == "cpu" and asked <= SHORT:
+        if mask is None:
+            mask = torch.full((asking, asked), float("-inf"), dtype=q.dtype).triu_(asked - asking + 1)
+        return fused.RowAttention.apply(q, k, v, mask, scale)
+    mask = causal_lower_right(asking, asked) if mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def make_batch(prompts: list[list[int]], completions: list[list[list[int]]], samples: int | None = None) -> Batch:
@@ -84,35 +96,46 @@ def make_batch(prompts: list[list[int]], completions: list[list[list[int]]], sam
     longest = max(1, max((len(completion) for row in completions for completion in row), default=1))
     tokens = torch.zeros(batch, samples, longest, dtype=torch.long)
     mask = torch.zeros(batch, samples, longest)
-    input_ids, position_ids, read, lengths, masks = [], [], [], [], []
+    shared = common_start(prompts)
+    input_ids, position_ids, read, lengths, masks = prompts[0][:shared] if prompts else [], [*range(shared)], [], [], []
     for b, (prompt, row) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
             raise ValueError("a prompt needs at least one token")
         if len(row) != samples:
             raise ValueError(f"every prompt needs {samples} completions, prompt {b} has {len(row)}")
         start = len(input_ids)
-        input_ids += prompt
-        position_ids += range(len(prompt))
+        input_ids += prompt[shared:]
+        position_ids += range(shared, len(prompt))
+        last = len(input_ids) - 1  # of the prompt
         for k, completion in enumerate(row):
             # The last prompt token predicts the first completion token, which predicts the second, and so on.
             own_start = len(input_ids)
-            read += [start + len(prompt) - 1, *range(own_start, own_start + len(completion) - 1)][: len(completion)]
+            read += [last, *range(own_start, own_start + len(completion) - 1)][: len(completion)]
             input_ids += completion
             position_ids += range(len(prompt), len(prompt) + len(completion))
             tokens[b, k, : len(completion)] = torch.tensor(completion, dtype=torch.long)
             mask[b, k, : len(completion)] = 1.0
         lengths.append(len(input_ids) - start)
-        masks.append(sibling_mask(len(prompt), [len(completion) for completion in row]) if samples > 1 else None)
+        masks.append(sibling_mask(len(prompt), [len(c) for c in row])[shared:] if samples > 1 else None)
     if not prompts:
         input_ids, position_ids, lengths, masks = [0], [0], [1], [None]
     return Batch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
-        attend=RowAttention(lengths, masks),
+        attend=RowAttention(lengths, masks, shared),
         tokens=tokens,
         mask=mask,
         read=torch.tensor(read, dtype=torch.long),
     )
+
+
+def common_start(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with; every prompt keeps at least one of its own. 0 for fewer than two."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)  # in dictionary order: what these two share, all share
+    longest = min(map(len, prompts)) - 1
+    return next((i for i in range(longest) if first[i] != last[i]), max(0, longest))
 
 
 def sibling_mask(prompt: int, completions: list[int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -33,7 +34,33 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        return y + ((x.to(self.lora_A.dtype) @ self.lora_A.T) @ self.lora_B.T * self.scale).to(y.dtype)
+        return AddLowRank.apply(y, x, self.lora_A, self.lora_B, self.scale)
+
+
+class AddLowRank(torch.autograd.Function):
+    """y + scale * (x A^T) B^T, added into y in place and computed in y's precision.
+
+    y (..., out), x (..., in), A (r, in), B (out, r) -> (..., out). Keeps x, which the neighbours keep too, and x A^T.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, scale):
+        x, A, B = (tensor.to(y.dtype) for tensor in (x, A, B))
+        down = (x.flatten(0, -2) @ A.T).mul_(scale)  # (N, r)
+        y.view(-1, y.shape[-1]).addmm_(down, B.T)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, down)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y):
+        x, A, B, down = ctx.saved_tensors
+        rows = d_y.flatten(0, -2)  # (N, out)
+        d_down = (rows @ B).mul_(ctx.scale)  # (N, r)
+        d_x = (d_down @ A).view(x.shape) if ctx.needs_input_grad[1] else None
+        return d_y, d_x, d_down.T @ x.flatten(0, -2), rows.T @ down, None
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> None:

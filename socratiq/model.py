@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from socratiq import distributed, lora
+from socratiq import distributed, fused, lora
 from socratiq.batch import Batch
 from socratiq.errors import UserError
 from socratiq.files import remove, replacing, sync
@@ -253,6 +253,7 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> nn.
     if found["missing_keys"]:  # transformers would put random numbers there and go on
         missing = sorted(found["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
+    fused.fuse(lm)
     return lm
 
 

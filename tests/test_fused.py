@@ -1,0 +1,82 @@
+"""Gradients written out by hand (fused.py, lora.py, short rows in batch.py) against autograd on the plain expression."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from socratiq import fused
+from socratiq.batch import attend, common_start, make_batch
+from socratiq.lora import AddLowRank
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def compare(ours, plain, inputs):
+    """Same value and same gradient for each input, to float32 rounding."""
+    value, expected = ours(*inputs), plain(*inputs)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(value, inputs, upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asking, asked", [(7, 7), (3, 7), (1, 5)])
+def test_attention_of_a_short_row(asking, asked):
+    mask = torch.ones(asking, asked, dtype=torch.bool).tril(asked - asking)
+
+    def plain(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+
+    inputs = numbers(1, 6, asking, 8), numbers(1, 2, asked, 8), numbers(1, 2, asked, 8)
+    compare(lambda q, k, v: attend(q, k, v, None, 0.3), plain, inputs)
+
+
+def test_attention_of_a_long_row_is_that_of_a_short_one(monkeypatch):
+    inputs = numbers(1, 6, 5, 8), numbers(1, 2, 9, 8), numbers(1, 2, 9, 8)
+    short = attend(*inputs, None, 0.3)
+    monkeypatch.setattr("socratiq.batch.SHORT", 0)
+    torch.testing.assert_close(attend(*inputs, None, 0.3), short, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm():
+    def plain(x, weight):
+        return weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    compare(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5, x.dtype), plain, (numbers(2, 5, 16), numbers(16)))
+
+
+def test_swiglu():
+    compare(fused.SwiGLU.apply, lambda gate, up: F.silu(gate) * up, (numbers(2, 5, 16), numbers(2, 5, 16)))
+
+
+def test_low_rank_addition():
+    def plain(y, x, A, B):
+        return y + 0.5 * (x @ A.T) @ B.T
+
+    inputs = numbers(1, 5, 6), numbers(1, 5, 8), numbers(3, 8), numbers(6, 3)
+    compare(lambda y, *rest: AddLowRank.apply(y.clone(), *rest, 0.5), plain, inputs)
+
+
+@pytest.mark.parametrize(
+    "prompts, shared",
+    [
+        ([], 0),
+        ([[1, 2]], 0),  # a single row has nobody to share with
+        ([[1, 2, 3], [1, 2, 4, 5]], 2),
+        ([[1, 2], [1, 2]], 1),  # each keeps a token of its own
+        ([[1], [1, 2]], 0),
+        ([[1, 2], [3, 2]], 0),
+    ],
+)
+def test_common_start(prompts, shared):
+    assert common_start(prompts) == shared
+
+
+def test_the_common_start_stands_in_the_batch_once():
+    batch = make_batch([[5, 6, 7], [5, 6, 8, 9]], [[[1, 2]], [[3, 2]]])
+    assert batch.input_ids.tolist() == [5, 6, 7, 1, 2, 8, 9, 3, 2]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5]
+    assert batch.read.tolist() == [2, 3, 6, 7]
