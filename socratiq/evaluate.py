@@ -1,7 +1,7 @@
 """What did it learn? The questions of every stage about texts that none of them has seen, in figures with intervals.
 
-    python -m socratiq.evaluate                        # smollm2, runs/sft, runs/dpo, runs/ppo -> runs/evaluation.json
-    python -m socratiq.evaluate --data rows.csv --limit 64
+    python -m socratiq.evaluate runs                   # the base model, sft, dpo and ppo -> runs/evaluation.json
+    python -m socratiq.evaluate runs --limit 64
     OPENAI_API_KEY=... python -m socratiq.evaluate --judge-api gpt-4o-mini
 
 Every model is asked for every type of question about every held-out text, with the very same prompt and the same random
@@ -68,18 +68,17 @@ FIGURES = {
 
 def parse_arguments(argv: list[str] | None = None):
     parser = cli.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
+    parser.add_argument("runs", nargs="?", default="runs", help="folder with sft, dpo, ppo, scorer and judge")
     models = parser.add_argument_group("models; one that is not there yet is left out, and so is one named none")
-    models.add_argument("--base", default=None, help="default: the model that --sft began with, else smollm2")
+    models.add_argument("--base", metavar="MODEL", help="default: the model that SFT began with, else smollm2")
     for stage in STAGES[1:]:
-        models.add_argument(f"--{stage}", default=f"runs/{stage}", metavar="MODEL", help=f"model of stage {stage}")
-    models.add_argument(
-        "--scorer", default="runs/scorer", metavar="FOLDER", help="fitted on the other texts if missing"
-    )
-    models.add_argument("--judge", default="runs/judge", metavar="FOLDER", help="the same; none leaves it out")
+        models.add_argument(f"--{stage}", metavar="MODEL", help=f"default: {stage} in that folder")
+    models.add_argument("--scorer", metavar="FOLDER", help="default: scorer in that folder, fitted there if missing")
+    models.add_argument("--judge", metavar="FOLDER", help="default: judge in that folder, likewise")
     data = parser.add_argument_group("texts; what is not given here is as it was when --sft was trained")
-    data.add_argument("--data", default=None, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
-    data.add_argument("--held-out", type=cli.fraction, default=None, metavar="SHARE", help="share of texts held out")
-    data.add_argument("--seed", type=cli.count_or_none, default=None, help="seed of that split and of the questions")
+    data.add_argument("--data", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    data.add_argument("--held-out", type=cli.fraction, metavar="SHARE", help="share of texts held out")
+    data.add_argument("--seed", type=cli.count_or_none, metavar="N", help="seed of that split and of the questions")
     data.add_argument("--limit", type=cli.count, default=16, metavar="TEXTS", help="at most so many held-out texts")
     asking = parser.add_argument_group("asking")
     asking.add_argument(
@@ -92,17 +91,20 @@ def parse_arguments(argv: list[str] | None = None):
     asking.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     asking.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what is fast")
     grading = parser.add_argument_group("grades by an OpenAI-compatible server (key in OPENAI_API_KEY)")
-    grading.add_argument(
-        "--judge-api", default=None, metavar="NAME", help="model that grades every question; costs money"
-    )
-    grading.add_argument("--base-url", default=None, metavar="URL", help="address, such as http://localhost:8000/v1")
-    grading.add_argument("--max-requests", type=cli.count, default=None, metavar="N", help="refuse to ask more often")
+    grading.add_argument("--judge-api", metavar="NAME", help="model that grades every question; costs money")
+    grading.add_argument("--base-url", metavar="URL", help="address, such as http://localhost:8000/v1")
+    grading.add_argument("--max-requests", type=cli.count, metavar="N", help="refuse to ask more often")
     grading.add_argument("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at once")
     out = parser.add_argument_group("out")
-    out.add_argument("--out", default="runs/evaluation.json", metavar="FILE", help="figures and every question")
+    out.add_argument("--out", metavar="FILE", help="default: evaluation.json in the folder of runs")
     out.add_argument("--bootstrap", type=cli.count, default=2000, metavar="N", help="resamples behind an interval")
     out.add_argument("--show", type=cli.count_or_none, default=3, metavar="N", help="texts whose questions are printed")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in (*STAGES[1:], "scorer", "judge"):
+        if getattr(args, name) is None:
+            setattr(args, name, str(Path(args.runs, name)))
+    args.out = args.out or str(Path(args.runs, "evaluation.json"))
+    return args
 
 
 # --- which models, texts and classifiers ----------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def present(args) -> tuple[dict[str, str], list[str]]:
         name = getattr(args, stage)
         if name == "none":
             skipped.append(f"{stage}: not asked for")
-        elif name == f"runs/{stage}" and not (Path(name) / "config.json").exists():
+        elif name == str(Path(args.runs, stage)) and not (Path(name) / "config.json").exists():
             skipped.append(f"{stage}: {name} " + ("has no finished model" if Path(name).exists() else "is not there"))
         else:
             models[stage] = name

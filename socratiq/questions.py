@@ -6,15 +6,20 @@ whoever asked it: the questions of all stages and of people hang on one prompt, 
 
 from __future__ import annotations
 
+import difflib
+import sys
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
 from socratiq.batch import make_batch
 from socratiq.errors import UserError, bar, warn
+from socratiq.measures import well_formed
 from socratiq.model import load_policy, load_tokenizer, token_logprobs
 from socratiq.prompts import decode, encode_completion, encode_prompt
 from socratiq.sampling import sample
+from socratiq.taxonomy import TYPES, display_name
 from socratiq.training import derive_seed
 
 
@@ -140,3 +145,85 @@ def ask_all(models: dict[str, str], tasks: list[Task], args) -> tuple[dict[str, 
         if reader in alike and others:
             by[reader] |= opened(reader).read(tasks, others, args.batch_size, f"{reader} reads all")
     return answers, Readings(own, human, by["base"], by["sft"])
+
+
+# --- the finished model put to use ----------------------------------------------------------------------------------
+
+
+class Asker:
+    """A model with the scorer that ranks what it asks. `scorer` is a folder; without one nothing is ranked."""
+
+    def __init__(self, model: str, scorer: str | None, device="auto", dtype="auto", max_prompt_tokens: int = 512):
+        from socratiq.scorer import Scorer
+
+        self.scorer = Scorer.load(scorer) if scorer else None
+        self.settings = (model, "--model", device, dtype, max_prompt_tokens)
+        names = [kind.name for kind in TYPES]
+        found = self.scorer.types if self.scorer else names
+        self.types = sorted(found, key=lambda name: (names.index(name) if name in names else len(names), name))
+
+    @cached_property
+    def model(self) -> Model:
+        """Opened when it is first needed: a mistyped type should not wait for it."""
+        return Model(*self.settings)
+
+    def type_named(self, said: str) -> str:
+        """The type somebody means: any spelling, how it begins, or its number in `.types`. Raises UserError if none."""
+        said = " ".join(said.split())
+        if said.isdecimal() and 1 <= int(said) <= len(self.types):
+            return self.types[int(said) - 1]
+        name = display_name(said)
+        begun = [known for known in self.types if said and known.lower().startswith(said.lower())]
+        if name not in self.types and len(begun) == 1:
+            return begun[0]
+        if name not in self.types:
+            near = difflib.get_close_matches(name, self.types, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(self.types)}"
+            raise UserError(f"--type {said!r}: there is no such type; {hint}")
+        return name
+
+    def is_cut(self, context: str) -> bool:
+        """Whether the text is longer than the prompt may be, so that its tail will not be read."""
+        longest = self.model.max_prompt_tokens
+        return len(encode_prompt(self.model.tokenizer, context, self.types[0], sys.maxsize)) > longest
+
+    def ask(
+        self,
+        context: str,
+        types: list[str],
+        samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        on_text=None,
+    ) -> list[dict]:
+        """For each type {"type", "questions"}, the best question first, the same question only once.
+
+        A question is {"question", "well_formed"} and, with a scorer, "strength" of the type, the "strongest" type and
+        "reward", by which they are ranked. on_text(i, text) is called with the text so far of sample i, which is number
+        i % samples of type i // samples; what it raises ends the work.
+        """
+        tasks, written = [Task(0, context, type) for type in types], {}
+
+        def on_token(i: int, token: int) -> None:
+            written.setdefault(i, []).append(token)
+            on_text(i, decode(self.model.tokenizer, written[i]))
+
+        rows = self.model.ask(tasks, samples, max_new_tokens, temperature, seed, on_token if on_text else None)
+        return [
+            {"type": task.type, "questions": self.ranked(task, list(dict.fromkeys(answer.text for answer in row)))}
+            for task, row in zip(tasks, rows, strict=True)
+        ]
+
+    def ranked(self, task: Task, questions: list[str]) -> list[dict]:
+        found = [{"question": text, "well_formed": well_formed(text, task.context)} for text in questions]
+        if self.scorer is None:
+            return found
+        contexts = [task.context] * len(questions)
+        strengths = self.scorer.strengths(contexts, questions)
+        rewards = self.scorer.reward(contexts, questions, [task.type] * len(questions)).tolist()
+        for record, strength, reward in zip(found, strengths.tolist(), rewards, strict=True):
+            record["strength"] = round(strength[self.scorer.types.index(task.type)], 4)
+            record["strongest"] = self.scorer.types[max(range(len(strength)), key=strength.__getitem__)]
+            record["reward"] = round(reward, 4)
+        return sorted(found, key=lambda record: -record["reward"])
