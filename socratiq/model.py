@@ -385,6 +385,7 @@ def save_model(lm: nn.Module, state: dict[str, torch.Tensor], tokenizer, folder:
     if hasattr(config, "quantization_config"):  # what is written is dequantised
         del config.quantization_config
     config.dtype = next(iter(state.values())).dtype
+    config.architectures = config.architectures or [type(lm).__name__.removeprefix("FSDP")]  # servers go by it
     config.save_pretrained(folder)
     lm.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
