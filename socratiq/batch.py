@@ -9,9 +9,11 @@ run once, however many completions follow:
     sees        prompt      prompt,a  prompt,b   (causal, and never the sibling)
     scored at   . . . . .   4 5 6   4 8       index of the hidden state that predicts the token
 
-The B rows of a batch stand one behind the other in a single sequence of N tokens. Everything a transformer does to
-tokens one by one (projections, norms, MLP: nearly all of its time) therefore runs without padding. Attention, the only
-part in which tokens meet, runs row by row. The language-model head runs on the scored positions alone.
+The B rows of a batch stand one behind the other in a single sequence of N tokens. What all prompts begin with (the
+instruction, a quarter of a typical prompt) stands in front, once: every row sees it, and it is run once. Everything a
+transformer does to tokens one by one (projections, norms, MLP: nearly all of its time) therefore runs without padding.
+Attention, the only part in which tokens meet, runs row by row. The language-model head runs on the scored positions
+alone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ SHORT = 512  # keys of a row up to which the CPU keeps attention weights instead
 class Batch(NamedTuple):
     """B prompts with K completions each, of at most C tokens."""
 
-    input_ids: torch.Tensor  # (N,) all rows end to end
+    input_ids: torch.Tensor  # (N,) the common start of all prompts, then the rest of each row, end to end
     position_ids: torch.Tensor  # (N,) position of each token in its own sequence
     attend: RowAttention  # attention within each row
     tokens: torch.Tensor  # (B, K, C) completion tokens, EOS included; 0 where mask is 0

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
-from socratiq import distributed, fused, lora
+from socratiq import allocator, distributed, fused, lora
 from socratiq.batch import Batch
 from socratiq.errors import UserError
 from socratiq.files import remove, replacing, sync
@@ -66,6 +66,10 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.lm.parameters()).device
 
+    def precision(self) -> torch.autocast:
+        """bfloat16 autocast, or nothing. Within the outermost one a trained weight is cast to bfloat16 once."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+
     def forward(self, input_ids, position_ids, attend, read, tokens=None, temperature: float = 1.0):
         """Run the trunk once over N tokens and the head on the M positions `read`.
 
@@ -73,7 +77,7 @@ class Policy(nn.Module):
         (M,) float32 if there is a value head, and either "logits" (M, V) or, given the tokens, their "logprobs" (M,)
         and, without gradients, the "entropy" (M,) of each distribution.
         """
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self.precision():
             trunk = self.lm.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], attend=attend, use_cache=False
             )
@@ -198,6 +202,7 @@ def load_policy(
     every weight trains, in float32 under bfloat16 autocast. With `trainable` False nothing trains and weights are held
     in `dtype`. With `grad_checkpoint` a layer keeps its input alone for the backward pass, which runs it once more.
     """
+    allocator.tune()  # before the first large tensor is made
     where, kind = pick_device(device), None
     kind = pick_dtype(dtype, where)
     full = trainable and lora_rank == 0

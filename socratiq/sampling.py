@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from socratiq import distributed
-from socratiq.batch import RowAttention
+from socratiq.batch import RowAttention, common_start
 from socratiq.model import Policy
 
 
-@torch.no_grad()
 def sample(
     policy: Policy,
     prompts: list[list[int]],
@@ -37,7 +36,13 @@ def sample(
     Returns:
         completions[b][k], token ids up to and including EOS where one was drawn within `max_new_tokens`.
     """
-    batch, samples = len(prompts), samples_per_prompt
+    # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
+    with torch.no_grad(), policy.precision():
+        return _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)
+
+
+def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds, on_token):
+    batch = len(prompts)
     seeds = [seeds + b for b in range(batch)] if isinstance(seeds, int) else list(seeds)
     # Every random number of the run, drawn beforehand: sample k of prompt b uses uniforms[b, k, t] for its token t.
     uniforms = torch.stack(
@@ -45,12 +50,15 @@ def sample(
     ).flatten(0, 1)  # (B*K, T)
     uniforms = uniforms.to(policy.device)
 
-    # 1. Prefill: all prompts end to end, once; only each prompt's last state is read.
+    # 1. Prefill: the common start of all prompts, then the rest of each; only each prompt's last state is read.
+    shared = common_start(prompts)
+    parts = [prompts[0][:shared], *(prompt[shared:] for prompt in prompts)]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    cache = Cache(lengths.tolist(), samples, max_new_tokens)
-    input_ids = torch.tensor([token for prompt in prompts for token in prompt], device=policy.device)
-    position_ids = torch.cat([torch.arange(length) for length in lengths]).to(policy.device)
-    read = (lengths.cumsum(0) - 1).to(policy.device)
+    cache = Cache(lengths.tolist(), samples, max_new_tokens, shared)
+    input_ids = torch.tensor([token for part in parts for token in part], device=policy.device)
+    position_ids = torch.cat([torch.arange(shared), *(torch.arange(shared, length) for length in lengths)])
+    position_ids = position_ids.to(policy.device)
+    read = (shared + (lengths - shared).cumsum(0) - 1).to(policy.device)
     logits = policy(input_ids, position_ids, cache.prefill, read)["logits"].repeat_interleave(samples, 0)  # (B*K, V)
 
     # 2. Decode the living samples, one token each at a time.
@@ -89,9 +97,9 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> to
 class Cache:
     """Keys and values of B prompts (once each) and of what their K samples have written."""
 
-    def __init__(self, lengths: list[int], samples: int, max_new_tokens: int):
+    def __init__(self, lengths: list[int], samples: int, max_new_tokens: int, shared: int = 0):
         self.lengths, self.samples, self.max_new = lengths, samples, max_new_tokens
-        self.rows = RowAttention(lengths, [None] * len(lengths))
+        self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
         self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B, kv_heads, P, d)
         self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B*K, kv_heads, T, d)
         self.group = torch.arange(len(lengths))  # which of the B prompts the cache still holds
@@ -105,8 +113,9 @@ class Cache:
 
         def padded(x):  # (1, kv_heads, N, d) -> (B, kv_heads, P, d)
             out = x.new_zeros(len(self.lengths), x.shape[1], longest, x.shape[3])
-            for b, row in enumerate(x[0].split(self.lengths, dim=1)):
-                out[b, :, : row.shape[1]] = row
+            start, *rows = x[0].split([self.rows.shared, *self.rows.lengths], dim=1)
+            for b, row in enumerate(rows):
+                out[b, :, : self.lengths[b]] = torch.cat([start, row], dim=1)
             return out
 
         self.prompt[layer] = padded(k), padded(v)

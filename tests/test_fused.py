@@ -1,4 +1,4 @@
-"""Gradients written out by hand (fused.py, lora.py, short rows in batch.py) against autograd on the plain expression."""
+"""Gradients written by hand (fused.py, lora.py, short rows in batch.py) against autograd on the plain expression."""
 
 import pytest
 import torch
