@@ -1,0 +1,225 @@
+"""Shapes and numbers at the edge: single rows, batches larger than the data, empty questions, NaN in a forward pass."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from test_resume import command, contents
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def snowman(inputs: Path, folder: Path) -> Path:
+    """The inputs with a snowman in the text about bikes: rows and pairs 11 and 12."""
+    own = folder / "inputs"
+    shutil.copytree(inputs, own)
+    for name in ("rows.jsonl", "pairs.jsonl"):
+        (own / name).write_text((own / name).read_text().replace("that bikes are", "that \u2603 bikes are"))
+    return own
+
+
+def cut(inputs: Path, folder: Path, lines: int) -> Path:
+    """The inputs with the first lines of rows and pairs alone."""
+    own = folder / "inputs"
+    shutil.copytree(inputs, own)
+    for name in ("rows.jsonl", "pairs.jsonl"):
+        (own / name).write_text("".join((own / name).read_text().splitlines(keepends=True)[:lines]))
+    return own
+
+
+# --- sizes
+
+
+SIZES = {
+    "a batch larger than the data": ["--batch-size", "1000"],
+    "windows larger than the data": ["--batch-size", "7", "--accumulate", "9"],
+    "one row at a time": ["--batch-size", "1", "--accumulate", "5", "--steps", "2"],
+    "nothing held out": ["--held-out", "0", "--steps", "2"],
+    "one text held out": ["--held-out", "0.0001", "--steps", "2", "--eval-rows", "1"],
+    "all but one text held out": ["--held-out", "0.9999", "--steps", "2"],
+    "more steps than an epoch has": ["--batch-size", "40", "--steps", "3"],
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", ["sft", "dpo"])
+def test_sizes(case, size, scripts, inputs, tmp_path):
+    status, _, complained = scripts.run([*command(case, inputs), *SIZES[size]], cwd=tmp_path)
+    assert (status, complained) == (0, "")
+    lines = metrics(tmp_path / "out")
+    assert all(x is not None for line in lines for x in line.values())
+    evaluated = any(name.startswith("eval/") for line in lines for name in line)
+    assert evaluated == (size != "nothing held out")
+    assert [line["step"] for line in lines] == list(range(0 if evaluated else 1, lines[-1]["step"] + 1))
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
+def test_a_single_row(case, scripts, inputs, tmp_path):
+    own = cut(inputs, tmp_path, 1)
+    status, said, complained = scripts.run([*command(case, own), "--steps", "2"], cwd=tmp_path)
+    assert (status, complained) == (0, "") and "None" not in said and "nan" not in said
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [1, 2] and all(x is not None for line in lines for x in line.values())
+    assert not any(name.startswith("eval/") for line in lines for name in line)
+
+
+ROLLOUTS = {  # arguments, updates a step
+    "one question a prompt": (["--samples-per-prompt", "1"], 4),
+    "one prompt, one question, one token": (
+        ["--batch-size", "1", "--samples-per-prompt", "1", "--max-new-tokens", "1"], 2
+    ),
+    "more prompts than texts": (["--batch-size", "23"], 4),
+    "more minibatches than prompts": (["--batch-size", "3", "--minibatches", "7"], 6),
+    "minibatches that do not divide": (["--batch-size", "7", "--minibatches", "3", "--ppo-epochs", "1"], 3),
+    "nothing held out": (["--held-out", "0"], 4),
+    "no price on the KL": (["--kl-coef", "0"], 4),
+    "stop at the first sign of movement": (["--target-kl", "1e-12"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROLLOUTS)
+def test_rollouts(name, scripts, inputs, tmp_path):
+    more, updates = ROLLOUTS[name]
+    status, _, complained = scripts.run([*command("ppo", inputs), "--steps", "2", *more], cwd=tmp_path)
+    assert (status, complained) == (0, "")
+    steps = [line for line in metrics(tmp_path / "out") if line["step"]]
+    assert all(x is not None for line in steps for x in line.values())
+    assert all(line["updates"] == updates if updates else line["updates"] < 4 for line in steps)
+
+
+def test_a_rollout_of_empty_questions(scripts, inputs, tmp_path):
+    """The end of sequence and nothing else: a question of no words, which earns next to nothing, and no NaN."""
+    status, _, complained = scripts.run(command("ppo", inputs), cwd=tmp_path, patch="patches:all_end_at_once")
+    assert (status, complained) == (0, "")
+    for line in metrics(tmp_path / "out")[1:]:
+        assert line["length"] == 1 and line["eos_rate"] == 1 and line["objective/scores"] < 0.05
+        assert all(x is not None for x in line.values())
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["question"] for sample in samples} == {""}
+
+
+# --- more tokens than the model has positions
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory) -> Path:
+    """A model made for 150 positions; a prompt of the tests takes about 140."""
+    import torch
+
+    from socratiq.model import load_tokenizer, open_model, save_model
+
+    folder = tmp_path_factory.mktemp("short") / "model"
+    lm = open_model("tiny", torch.float32)
+    lm.config.max_position_embeddings = 150
+    save_model(lm, lm.state_dict(), load_tokenizer("tiny"), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "more", "named"),
+    [
+        ("sft", [], "rows.jsonl line "),
+        ("dpo", [], "pairs.jsonl line "),
+        ("ppo", ["--max-prompt-tokens", "145"], "--max-prompt-tokens and --max-new-tokens: 151 tokens"),
+    ],
+)
+def test_more_tokens_than_positions(case, more, named, short, scripts, inputs, tmp_path):
+    arguments = [*command(case, inputs), "--model", str(short), *more]
+    status, _, complained = scripts.run(arguments, cwd=tmp_path)
+    assert status == 2 and complained.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert named in complained and "the model has 150 positions" in complained
+
+
+# --- numbers that are not finite
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo"])
+def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_path):
+    """A model that is NaN on one text: the run stops before the weights change, and names that text's row."""
+    own = snowman(inputs, tmp_path)
+    arguments = [*command(case, own), "--model", str(poisoned), "--batch-size", "8", "--accumulate", "2"]
+    status, _, complained = scripts.run(arguments, cwd=tmp_path)
+    assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
+    named = complained.partition(", ")[2].partition(": loss nan, gradient norm nan")[0]
+    lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} line {n}" for n in (11, 12)}
+    assert set(named.split(", ")) <= lines
+    assert "not finite" in complained and "nonfinite/step-" in complained
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
+def test_skipped_updates(case, poisoned, scripts, inputs, tmp_path):
+    """With --skip-nonfinite the run comes to its end, its weights finite; killed on the way, with the same bytes."""
+    own = snowman(inputs, tmp_path)
+    arguments = [*command(case, own), "--model", str(poisoned), "--held-out", "0", "--steps", "6"]
+    arguments += ["--skip-nonfinite", "9"]
+    status, said, complained = scripts.run(arguments, cwd=tmp_path, at=-1)
+    assert status == 0 and 0 < complained.count("; skipped\n") == complained.count("\n") <= 9
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == list(range(1, 7))
+    skipped = complained.count("; skipped\n")
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"] == skipped
+    adapters = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert all(x.isfinite().all() for x in adapters.values())
+    assert any(x.any() for name, x in adapters.items() if "lora_B" in name)  # it has learnt from the other updates
+    if case == "ppo":
+        assert {line["updates"] for line in lines} == {0, 4} and "asked for" in complained
+    else:
+        assert sum(line["loss"] is None for line in lines) == skipped
+
+    wanted = contents(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    operations = int(said.split()[-3])
+    for at in (operations // 3, operations // 3, None):
+        status, _, _ = scripts.run(arguments, cwd=tmp_path, at=at)
+        assert status == (0 if at is None else -signal.SIGKILL)
+    assert contents(tmp_path / "out") == wanted
+
+
+REWARDS = """
+import math
+calls = 0
+def usual(contexts, questions, types):
+    return [len(question) / 100 for question in questions]
+def once_nan(contexts, questions, types):
+    global calls
+    calls += 1
+    rewards = usual(contexts, questions, types)
+    return rewards[:-1] + [math.nan] if calls == 3 else rewards
+def infinite(contexts, questions, types):
+    return [math.inf] * len(questions)
+def huge(contexts, questions, types):
+    return [3e38 * (-1) ** i for i, question in enumerate(questions)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "named"),
+    [("once_nan", "reward nan for '"), ("infinite", "reward inf for '"), ("huge", "ppo step 1, ")],
+)
+def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    arguments = [*command("ppo", inputs), "--reward", f"rewards:{function}", "--kl-target", "0.1"]
+    status, _, complained = scripts.run(arguments, cwd=tmp_path)
+    assert status == 2 and complained.count("\n") == 1 and complained.startswith("error: ppo step ")
+    assert named in complained and "rows.jsonl line " in complained and "asked for" in complained
+    if function == "once_nan":  # call 1 evaluates, call 2 is step 1
+        assert complained.startswith("error: ppo step 2, ") and "1 not finite" in complained
+        shutil.rmtree(tmp_path / "out")
+        status, _, complained = scripts.run([*arguments, "--skip-nonfinite", "1"], cwd=tmp_path)
+        assert status == 0 and complained.count("; skipped\n") == 1
+        steps = metrics(tmp_path / "out")[1:]
+        assert [line["updates"] for line in steps] == [4, 0, 4]
+        assert steps[2]["objective/kl_coef"] == steps[1]["objective/kl_coef"] != steps[0]["objective/kl_coef"]
+        assert "NaN" not in (tmp_path / "out" / "samples.jsonl").read_text()
+
+
+def test_weights_that_run_away(scripts, inputs, tmp_path):
+    """An absurd learning rate: the run stops in the step after, with one line, instead of training on NaN."""
+    status, _, complained = scripts.run([*command("sft", inputs), "--lr", "1e30", "--warmup", "0"], cwd=tmp_path)
+    assert status == 2 and complained.startswith("error: sft step 2, ") and complained.count("\n") == 1
