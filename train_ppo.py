@@ -56,7 +56,10 @@ def parse_arguments():
     training.add_argument("--ppo-epochs", type=cli.count, default=2, help="passes over each rollout")
     training.add_argument("--minibatches", type=cli.count, default=2, metavar="N", help="optimiser steps per pass")
     training.add_argument(
-        "--lr", type=cli.positive, default=None, help="peak learning rate (1e-4 with adapters, 5e-6 without)"
+        "--lr",
+        type=cli.positive,
+        default=None,
+        help="peak learning rate (3e-4 with adapters, 1e-5 without; a fifth for 8B)",
     )
     training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the iterations that warm up")
     training.add_argument(
@@ -89,7 +92,7 @@ def parse_arguments():
     cli.add_run_arguments(parser, out="runs/ppo")
     parser.set_defaults(checkpoint_every=1)
     args = parser.parse_args()
-    args.lr = args.lr or (1e-4 if args.lora_rank else 5e-6)
+    args.lr = args.lr or (3e-4 if args.lora_rank else 1e-5)
     return args
 
 

@@ -38,13 +38,16 @@ def parse_arguments():
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="ROWS", help="rows per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
     training.add_argument(
-        "--lr", type=cli.positive, default=None, help="peak learning rate (2e-4 with adapters, 2e-5 without)"
+        "--lr",
+        type=cli.positive,
+        default=None,
+        help="peak learning rate (1e-3 with adapters, 1e-4 without; a fifth for 8B)",
     )
     training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the updates that warm up")
     training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
     cli.add_run_arguments(parser, out="runs/sft")
     args = parser.parse_args()
-    args.lr = args.lr or (2e-4 if args.lora_rank else 2e-5)
+    args.lr = args.lr or (1e-3 if args.lora_rank else 1e-4)
     return args
 
 
