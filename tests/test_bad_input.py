@@ -185,7 +185,7 @@ FILES = [
     ),
     (
         "rows.csv",
-        b"thought,question,label\n\xe2\x80\x8b\x00,Why?,clarity\n",  # a zero-width space and a NUL
+        b"thought,question,label\n\xe2\x80\x8b\x01,Why?,clarity\n",  # a zero-width space and a control character
         "{path} row 1 (line 2): the context (column 'thought') is empty; fill it in or remove the row",
     ),
     (
