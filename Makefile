@@ -16,10 +16,11 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 demo: install
-	$(BIN)/python train_sft.py --out $(RUNS)/sft
+	$(BIN)/python train_sft.py --epochs 1 --out $(RUNS)/sft
 	$(BIN)/python make_pairs.py --policy $(RUNS)/sft --scorer $(RUNS)/scorer --writer local --out $(RUNS)/pairs.jsonl
 	$(BIN)/python train_dpo.py --model $(RUNS)/sft --pairs $(RUNS)/pairs.jsonl --out $(RUNS)/dpo
-	$(BIN)/python train_ppo.py --model $(RUNS)/dpo --scorer $(RUNS)/scorer --out $(RUNS)/ppo
+	$(BIN)/python train_ppo.py --steps 20 --model $(RUNS)/dpo --scorer $(RUNS)/scorer --out $(RUNS)/ppo
+	$(BIN)/python -m socratiq.evaluate $(RUNS)
 	$(BIN)/python -m socratiq.report $(RUNS)
 
 test: install
@@ -29,6 +30,11 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Kill tests in earnest: at least 100 kills over the four scripts.
+soak: install
+	$(BIN)/python tests/soak.py
+
+# ours beside TRL, which lives in an environment of its own: bench/README.md
 bench: install
 	$(BIN)/python bench/compare.py sft
 
