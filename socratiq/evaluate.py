@@ -281,7 +281,7 @@ def run(argv: list[str] | None = None) -> None:
     if not records["human"]:
         del records["human"], answers["human"]
     if args.judge_api:
-        from socratiq.grades import grade
+        from socratiq.api_judge import grade
 
         grade(records, contexts, args)
 
