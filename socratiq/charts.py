@@ -221,7 +221,7 @@ def limits(values: Sequence[float], wanted: Sequence[float]) -> tuple[float, flo
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten apart) between low and high."""
-    span = (high - low) / max(1, count)
+    span = (high - low) / max(1, count) * (1 - 1e-9)
     power = 10.0 ** math.floor(math.log10(span))
     apart = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span)
     if whole:
