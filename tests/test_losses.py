@@ -727,6 +727,12 @@ class TestValueLoss:
         close(loss, 0.5 * masked_mean((b.values - b.returns) ** 2, b.mask))
         close(clipfrac, 0)
 
+    def test_what_rounding_moves_is_no_clip(self):
+        old = 0.1 * torch.randn(1000)  # in float32, old + (new - old) is not quite new
+        new, returns = old + 0.4 * torch.rand(1000) - 0.2, torch.randn(1000)
+        _, clipfrac = value_loss(new, old, returns, torch.ones(1000), clip=0.21)
+        close(clipfrac, 0)
+
     def test_a_wide_clip_is_no_clip(self):
         b = example()
         loss, _ = value_loss(b.values, b.old, b.returns, b.mask, clip=1e9)
