@@ -213,9 +213,11 @@ def load_policy(
         if getattr(lm.config, setting, 0):
             setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
     lm.to("cpu" if distributed.world() > 1 else where).eval()  # of several processes each takes its part alone there
-    if grad_checkpoint:  # transformers' layers look after it themselves, in train mode; dropout is off all the same
+    if grad_checkpoint:  # transformers' layers look after it themselves
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        lm.train()
+    # Both want train mode, which changes nothing else, dropout being off: layers look at it before they checkpoint, and
+    # in eval mode bitsandbytes may repack a weight for inference, after which it passes no gradient.
+    lm.train(grad_checkpoint or load_in_4bit)
     torch.manual_seed(seed)
     if not trainable:
         lm.requires_grad_(False)
