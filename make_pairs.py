@@ -42,6 +42,14 @@ from socratiq.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWr
 GIVE_UP_AFTER = 5  # rows without an answer, one after the other, before the server is believed to be down
 WRONG_FINISH = {"refusal": "refused to answer", "content_filter": "stopped by the content filter"}
 
+GATES = {  # parts of the scorer that nearly every genuine question passes, and what it is called when one does not
+    "form": "stutters",
+    "originality": "copies the text",
+    "order": "words in no order",
+    "fluency": "not fluent",
+    "relatedness": "not about the text",
+}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -74,8 +82,8 @@ def parse_arguments(argv: list[str] | None = None):
 
     add = parser.add_argument_group("what is chosen and what rejected, by strength: a probability, 0 to 1").add_argument
     add("--chosen-min", type=strength, default=0.4, metavar="P", help="lowest strength of a chosen question")
-    add("--rejected-max", type=strength, default=0.2, metavar="P", help="highest strength of a rejected question")
-    add("--min-gap", type=strength, default=0.25, metavar="P", help="lowest difference between the two")
+    add("--rejected-max", type=strength, default=0.1, metavar="P", help="highest strength of a rejected question")
+    add("--min-gap", type=strength, default=0.3, metavar="P", help="lowest difference between the two")
     add(
         "--max-attempts",
         type=cli.count,
@@ -83,7 +91,12 @@ def parse_arguments(argv: list[str] | None = None):
         metavar="N",
         help="questions asked for per row before it is dropped",
     )
-    add("--bare-scorer", action="store_true", help="judge by n-grams alone, without the policy as a second eye")
+    add(
+        "--judge",
+        default="none",
+        metavar="MODEL",
+        help="language model that a new scorer is fitted with: a second opinion",
+    )
 
     add = parser.add_argument_group("who writes the rejected questions").add_argument
     add("--writer", choices=["openai", "local"], help="default: openai given a key or --base-url, else local")
@@ -111,7 +124,7 @@ def parse_arguments(argv: list[str] | None = None):
 
     add = parser.add_argument_group("--writer local: the SFT model, asked for another type").add_argument
     add("--batch-size", type=cli.count, default=16, metavar="N", help="questions sampled at the same time")
-    add("--temperature", type=cli.not_negative, metavar="T", help="default: 1 here; for a server, what it likes")
+    add("--temperature", type=cli.not_negative, metavar="T", help="default: 0.5 here; for a server, what it likes")
     add("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
     add("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
@@ -349,11 +362,12 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
             parts = scorer.components(contexts, questions, [job.type for job, _ in readable])
             for i, (job, attempt) in enumerate(readable):
                 attempt["score"] = round(parts["strength"][i].item(), 4)
-                if parts["form"][i] < 0.5:
-                    attempt["flaw"] = "stutters"
-                elif attempt["score"] > rejected_max or not scorer.is_not(
-                    job.context, attempt["question"], job.type, rejected_max
-                ):
+                # Verified is what every opinion agrees on: n-grams alone are blind to wordings they never saw.
+                opinions = [parts[name][i].item() for name in ("strength", "ngrams", "probe") if name in parts]
+                low = [saying for name, saying in GATES.items() if name in parts and parts[name][i] < 0.5]
+                if low:
+                    attempt["flaw"] = low[0]
+                elif max(opinions) > rejected_max:
                     attempt["flaw"] = "still of the unwanted type"
                 elif job.chosen_score - attempt["score"] < min_gap:
                     attempt["flaw"] = "too near to the chosen question (--min-gap)"
@@ -453,11 +467,7 @@ def show_plan(jobs: list[Job], writer, log: AnswerLog | None, args) -> None:
 
 
 def open_policy(args):
-    """The SFT model and its tokenizer, frozen; (None, None) where only the scorer would want it and it is not there."""
-    if args.writer == "openai" and (args.bare_scorer or (args.policy == "runs/sft" and not Path(args.policy).exists())):
-        if not args.bare_scorer:
-            warn(f"{args.policy} is not there; questions are judged by n-grams alone")
-        return None, None
+    """The SFT model and its tokenizer, frozen."""
     if args.policy == "runs/sft" and not Path(args.policy).exists():
         raise UserError("runs/sft is not there: run `python train_sft.py` first, or name a model with --policy")
     from socratiq.model import load_policy, load_tokenizer
@@ -467,6 +477,34 @@ def open_policy(args):
         return load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed), tokenizer
     except UserError as error:
         raise UserError(str(error).replace("--model", "--policy")) from None
+
+
+def open_scorer(args, rows, train):
+    """The scorer of --scorer, or a new one fitted on `train` -> it, and out-of-fold figures of all rows.
+
+    A scorer that was fitted with a language model names it, and is handed it again.
+    """
+    from socratiq.scorer import Scorer, cross_validate, open_language_model
+
+    there = (Path(args.scorer) / "scorer.json").exists()
+    scorer = Scorer.load(args.scorer) if there else None
+    judge = scorer.settings.get("model", "none") if there else args.judge
+    lm = open_language_model(judge, args.device, args.dtype)
+    if not there:
+        scorer = Scorer.fit(train, seed=args.seed, lm=lm)
+        if not args.dry_run:
+            scorer.save(args.scorer)
+    scorer.with_language_model(lm)
+    figures = cross_validate(rows, seed=args.seed, lm=lm)
+    unknown = [name for name in figures.types if name not in scorer.types]
+    if unknown:
+        raise UserError(
+            f"--scorer {args.scorer} does not know the type {unknown[0]!r} of --data {args.data}; it was fitted on "
+            "other rows: name another folder, where a scorer for these rows will be fitted"
+        )
+    second = f"n-grams and {judge}" if lm else "n-grams alone"
+    print(f"scorer: {args.scorer}, {'as it was found' if there else 'fitted now'}, judging by {second}", flush=True)
+    return scorer, figures
 
 
 def run() -> None:
@@ -501,37 +539,19 @@ def run() -> None:
             max_retries=args.max_retries,
             retry_delay=args.retry_delay,
         )
-    policy, tokenizer = open_policy(args)
     if args.writer == "local":
         writer = LocalWriter(
-            policy,
-            tokenizer,
+            *open_policy(args),
             fingerprint(args.policy),
             seed=args.seed,
             batch_size=args.batch_size,
-            temperature=1.0 if args.temperature is None else args.temperature,
+            temperature=0.5 if args.temperature is None else args.temperature,
             max_prompt_tokens=args.max_prompt_tokens,
             max_new_tokens=args.max_new_tokens,
         )
 
     # 3. (a) Grade every question out of fold; (b) choose.
-    from socratiq.scorer import Scorer, cross_validate
-
-    lm = None
-    figures = cross_validate(rows, seed=args.seed, lm=lm)
-    if (Path(args.scorer) / "scorer.json").exists():
-        scorer = Scorer.load(args.scorer)
-    else:
-        scorer = Scorer.fit(train, seed=args.seed, lm=lm)
-        if not args.dry_run:
-            scorer.save(args.scorer)
-    unknown = [name for name in figures.types if name not in scorer.types]
-    if unknown:
-        raise UserError(
-            f"--scorer {args.scorer} does not know the type {unknown[0]!r} of --data {args.data}; it was fitted on "
-            "other rows: name another folder, where a scorer for these rows will be fitted"
-        )
-    scorer.with_language_model(lm)
+    scorer, figures = open_scorer(args, rows, train)
     jobs, dropped = choose(rows, figures.strengths, figures.types, {row.context for row in held_out}, args)
     agreed = sum(rows[job.index].type == job.type for job in jobs)
     print(

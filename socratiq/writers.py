@@ -348,6 +348,9 @@ def retry_after(headers) -> float | None:
 class LocalWriter:
     """The SFT model itself, sampled with the prompt of another type.
 
+    Below temperature 1 by default: a small model's plain samples are often half nonsense, and pairs of sense and
+    nonsense teach DPO to write sense, not to write the type.
+
     Each request has a seed of its own, made of the seed, the row and the attempt. Requests come in fixed groups all the
     same, and a group of which a killed run left only some answers is sampled whole again: another batch shape rounds
     differently, and one token drawn differently is another question.
@@ -363,7 +366,7 @@ class LocalWriter:
         *,
         seed: int = 0,
         batch_size: int = 16,
-        temperature: float = 1.0,
+        temperature: float = 0.5,
         max_prompt_tokens: int = 512,
         max_new_tokens: int = 64,
     ):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_server import FaultServer, good_question
+from fault_server import QUESTIONS, FaultServer, good_question
 
 import make_pairs
 from socratiq.data import Row
@@ -46,10 +46,8 @@ class CueScorer:
 
     def components(self, contexts, questions, types):
         strengths = [Number(self.strength(q, t)) for q, t in zip(questions, types, strict=True)]
-        return {"strength": strengths, "form": [Number("stutter" not in q) for q in questions]}
-
-    def is_not(self, context, question, type, rejected_max):
-        return "doubtful" not in question and self.strength(question, type) <= rejected_max
+        probe = [Number(0.9 if "doubtful" in q else 0.1) for q in questions]
+        return {"strength": strengths, "probe": probe, "form": [Number("stutter" not in q) for q in questions]}
 
 
 class SaysWriter:
@@ -163,7 +161,7 @@ def test_the_first_good_answer_becomes_the_rejected_question(tmp_path):
     ("first", "flaw"),
     [
         ("What does better mean, then?", "still of the unwanted type"),
-        ("Is it doubtful how dogs differ?", "still of the unwanted type"),  # the n-grams say no, the probe says yes
+        ("Is it doubtful how dogs differ?", "still of the unwanted type"),  # by the probe, not by the n-grams
         ("Does it stutter stutter stutter?", "stutters"),
         ("Dogs are better.", "not a question"),
         ("What do you mean by a better cat?", "equal to the chosen question"),
@@ -321,22 +319,18 @@ SUBJECTS = [
 
 @pytest.fixture(scope="module")
 def rows_file(tmp_path_factory) -> Path:
-    """Three types that a scorer tells apart at a glance, about twelve texts."""
+    """Three types that a scorer tells apart at a glance, about twelve texts. No two rows make the same request."""
     wordings = {
-        "clarity": "What exactly do you mean by {} being good?",
+        "Clarity": "What exactly do you mean by all {} being good?",
         "Analogy": "Are {} and clouds really alike in the way that matters?",
-        "FearAppeal": "How likely is the disaster that you warn of, with {}?",
+        "Fear appeal": "How likely is the disaster that you warn of, just with {}?",
     }
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
-        {
-            "context": f"I think that {subject} are good, since everybody in my street says so.",
-            "question": text,
-            "label": type,
-        }
-        for subject in SUBJECTS
+        {"context": f"I think that {subject} are good, since my street says so.", "question": text, "label": type}
+        for n, subject in enumerate(SUBJECTS)
         for type, wording in wordings.items()
-        for text in (wording.format(subject), "So: " + wording.format("all " + subject))
+        for text in (wording.format(subject), QUESTIONS[type][n % 2])  # the words the fault server uses too
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -408,7 +402,7 @@ def run(rows_file, out, *more, key: str | None = KEY, **options) -> Script:
 
 
 def api(server, *more):
-    return ["--base-url", server.url, "--timeout", "0.5", "--retry-delay", "0.01", *more]
+    return ["--base-url", server.url, "--timeout", "3", "--retry-delay", "0.01", *more]
 
 
 def outputs(out: Path) -> tuple[bytes, bytes]:
@@ -452,8 +446,8 @@ def test_the_pairs_file(reference, rows_file):
         assert list(pair)[: len(order)] == order
         assert pair["prompt"] == build_prompt(pair["context"], pair["type"])
         assert pair["chosen"] != pair["rejected"]
-        assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.2
-        assert pair["chosen_score"] - pair["rejected_score"] >= 0.25
+        assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.1
+        assert pair["chosen_score"] - pair["rejected_score"] >= 0.3
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert {pair["attempts"] for pair in pairs} >= {1, 2}
     assert {pair["split"] for pair in pairs} == {"train", "held_out"}
@@ -589,7 +583,7 @@ def test_dry_run_asks_nothing_and_writes_nothing(rows_file, tmp_path):
 def test_local_writer_survives_kills(rows_file, tmp_path):
     """The untrained model never asks anything of use; what it said, and why it was dropped, must be the same bytes."""
     local = ["--writer", "local", "--policy", "tiny", "--batch-size", "3", "--max-new-tokens", "8", "--limit", "14",
-             "--device", "cpu", "--dtype", "float32", "--bare-scorer", "--max-attempts", "2"]  # fmt: skip
+             "--device", "cpu", "--dtype", "float32", "--max-attempts", "2"]  # fmt: skip
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     done = run(rows_file, whole, *local, key=None)
     assert done.returncode == 0, done.stderr
@@ -617,7 +611,7 @@ def test_local_writer_survives_kills(rows_file, tmp_path):
         (["--limit", "0"], "--limit"),
         (["--concurrency", "-1"], "--concurrency"),
         (["--chosen-min", "1.5"], "--chosen-min"),
-        (["--chosen-min", "0.1"], "--rejected-max"),
+        (["--chosen-min", "0.05"], "--rejected-max"),
         (["--shard", "5/4"], "--shard"),
         (["--shard", "x"], "--shard"),
         (["--timeout", "0"], "--timeout"),
@@ -656,7 +650,7 @@ def test_nobody_elses_file_is_overwritten(rows_file, tmp_path):
 
 
 def test_without_a_model_the_message_says_what_to_run(rows_file, tmp_path):
-    done = run(rows_file, tmp_path / "pairs.jsonl", "--bare-scorer", key=None)
+    done = run(rows_file, tmp_path / "pairs.jsonl", key=None)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "train_sft.py" in done.stderr and "OPENAI_API_KEY is not set" in done.stdout
 
