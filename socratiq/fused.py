@@ -106,5 +106,8 @@ def fuse(lm: nn.Module) -> None:
         name = type(module).__name__
         if name in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
             module.forward = types.MethodType(_norm_forward, module)
-        elif name in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP") and isinstance(module.act_fn, nn.SiLU):
+        elif (
+            name in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
+            and getattr(lm.config, "hidden_act", None) == "silu"
+        ):
             module.forward = types.MethodType(_mlp_forward, module)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from small import small_lm
 
 from socratiq import fused
 from socratiq.batch import attend, common_start, make_batch
@@ -80,3 +81,10 @@ def test_the_common_start_stands_in_the_batch_once():
     assert batch.input_ids.tolist() == [5, 6, 7, 1, 2, 8, 9, 3, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5]
     assert batch.read.tolist() == [2, 3, 6, 7]
+
+
+def test_every_norm_and_mlp_of_a_layer_is_taken_over():
+    lm = small_lm()
+    fused.fuse(lm)
+    taken = [type(module).__name__ for module in lm.model.layers.modules() if "forward" in vars(module)]
+    assert sorted(taken) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
