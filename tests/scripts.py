@@ -111,6 +111,8 @@ def preload() -> None:
     torch.set_num_threads(1)
     for name in ("train_sft", "train_dpo", "train_ppo", "make_pairs", "safetensors.torch"):
         importlib.import_module(name)
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("openai.resources.chat")
     for name in ("evaluate", "model", "rewards", "sampling", "scorer", "training"):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(f"socratiq.{name}")

@@ -1,0 +1,174 @@
+"""Kills in earnest, over the four scripts: `make soak`, or `python tests/soak.py --kills 500`.
+
+Every script is killed again and again and started with the same command until it is done. Kills come at random disk
+operations (before one, after it, or when half of a line or of a file is written) and at random times.
+In the end the files must be the same bytes as those of a run that was never killed. make_pairs.py asks a server that
+counts: an answer that was on the disk when the kill came must never be asked for again.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import make_inputs
+from fault_server import QUESTIONS, FaultServer, good_question
+from scripts import Scripts
+from test_resume import CASES, WHILE_AT_WORK, command, contents
+
+from socratiq.pairs import digest
+
+HOWS = ("before", "half", "after", "time")
+
+
+def kill_until_done(start, kills: int, chance, operations: int, seconds: float, tally) -> None:
+    """Up to `kills` kills of one run, then its end. start(at, how) starts it or continues it."""
+    while True:
+        how = chance.choice(HOWS) if kills > 0 else None
+        place = int(
+            operations * chance.random() ** 2
+        )  # what is left of a run has fewer operations: rather an early one
+        job = start(at=None if how in (None, "time") else place, how=how or "before")
+        if how == "time":
+            time.sleep(chance.random() * seconds)
+            job.kill(signal.SIGKILL)
+        status, _, complained = job.wait()
+        if status == -signal.SIGKILL:
+            tally[how] += 1
+            kills -= 1
+        elif status:
+            raise SystemExit(f"exit status {status}: {complained}")
+        else:
+            return
+
+
+def soak_training(case: str, kills: int, scripts, inputs: Path, folder: Path, tally, chance) -> int:
+    """Kills of one training script, in as many runs as it takes; how many runs there were."""
+    folder.mkdir()
+    (folder / "whole").mkdir()
+    started = time.monotonic()
+    status, said, complained = scripts.run(command(case, inputs), cwd=folder / "whole", at=-1)
+    seconds = time.monotonic() - started
+    assert status == 0, complained
+    wanted, operations = contents(folder / "whole" / "out"), int(said.split()[-3])
+
+    before, runs = tally.total(), 0
+    while tally.total() - before < kills:
+        place = folder / str(runs)
+        place.mkdir()
+        start = partial(scripts.start, command(case, inputs), cwd=place)
+        kill_until_done(start, min(6, kills), chance, operations, seconds, tally)
+        assert contents(place / "out") == wanted, f"{case}: other bytes in {place}"
+        left = {path.name for path in (place / "out").iterdir()}
+        assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left), left
+        runs += 1
+    return runs
+
+
+def sometimes_bad(body: dict) -> str:
+    """For one row in three, at the first try, a question that will not do."""
+    text = body["messages"][-1]["content"]
+    if zlib.crc32(text.encode()) % 3 == 0 and "earlier tries" not in text:
+        return "Why?"
+    return good_question(body)
+
+
+def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, int]:
+    """Kills of make_pairs.py; how many runs there were, and how many answers were under way when a kill came."""
+    folder.mkdir()
+    rows = [
+        {"context": f"I think that {subject} are good, since everybody says so.", "question": question, "type": type}
+        for subject in ("dogs", "trams", "taxes", "farms", "films", "bikes", "books", "games", "ships", "birds")
+        for type, questions in list(QUESTIONS.items())[:3]
+        for question in questions[:2]
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = {"OPENAI_API_KEY": "sk-soak", "NO_PROXY": "127.0.0.1"}
+
+    def start(server, out, concurrency, **how):
+        arguments = ["make_pairs.py", "--data", folder / "rows.jsonl", "--scorer", folder / "scorer", "--out", out]
+        arguments += ["--base-url", server.url, "--timeout", "1", "--retry-delay", "0.01", "--policy", "runs/sft"]
+        arguments += ["--concurrency", concurrency]
+        return scripts.start(arguments, cwd=folder, env=environment, **how)
+
+    def outputs(out):
+        return out.read_bytes(), out.with_name("pairs.dropped.jsonl").read_bytes()
+
+    with FaultServer(answer=sometimes_bad) as server:
+        started = time.monotonic()
+        out = folder / "whole" / "pairs.jsonl"
+        status, said, complained = start(server, out, 1, at=-1).wait()
+        seconds = time.monotonic() - started
+        assert status == 0, complained
+        wanted, operations, answers = outputs(out), int(said.split()[-3]), len(server.requests)
+        assert wanted[0].count(b"\n") > 20 and answers > wanted[0].count(b"\n"), said
+
+    def killed_run(out: Path) -> int:
+        """How many requests were sent twice, being under way when a kill came."""
+        log, seen, on_disk = out.with_name("pairs.answers.jsonl"), 0, set()
+        with FaultServer(answer=sometimes_bad, latency=0.005) as server:
+
+            def asked():
+                return [digest({"messages": request.body["messages"]}) for request in server.requests[seen:]]
+
+            def check_and_start(**how):
+                nonlocal on_disk, seen
+                assert not on_disk & set(asked()), "an answer that was on the disk was asked for again"
+                seen = len(server.requests)
+                whole = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+                on_disk = {json.loads(line)["prompt"] for line in whole}
+                return start(server, out, 3, **how)
+
+            kill_until_done(check_and_start, min(6, kills), chance, operations, seconds, tally)
+            assert not on_disk & set(asked()), "an answer that was on the disk was asked for again"
+            assert outputs(out) == wanted, "other pairs"
+            seen = 0
+            assert len(set(asked())) == answers, "an answer was lost or made up"
+            return len(asked()) - answers
+
+    before, runs, twice = tally.total(), 0, 0
+    while tally.total() - before < kills:
+        twice += killed_run(folder / str(runs) / "pairs.jsonl")
+        runs += 1
+    return runs, twice
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=120, help="how many, over all scripts")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    each = -(-args.kills // (len(CASES) + 2))  # make_pairs.py has one case, which counts twice
+    total = Counter()
+    with tempfile.TemporaryDirectory() as place, Scripts() as scripts:
+        folder = Path(place)
+        (folder / "inputs").mkdir()
+        make_inputs(folder / "inputs")
+        for case in CASES:
+            tally = Counter()
+            chance = random.Random(f"{args.seed} {case}")
+            runs = soak_training(case, each, scripts, folder / "inputs", folder / case, tally, chance)
+            print(f"{case}: {tally.total()} kills in {runs} runs ({dict(tally)}), same bytes", flush=True)
+            total += tally
+        tally = Counter()
+        chance = random.Random(f"{args.seed} pairs")
+        runs, twice = soak_pairs(2 * each, scripts, folder / "pairs", tally, chance)
+        total += tally
+        print(
+            f"make_pairs: {tally.total()} kills in {runs} runs ({dict(tally)}), same bytes, no answer on the disk paid "
+            f"for again; {twice} requests were under way at a kill and sent again"
+        )
+    print(f"{total.total()} kills in all: {dict(total)}")
+
+
+if __name__ == "__main__":
+    main()
