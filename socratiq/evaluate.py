@@ -263,6 +263,7 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.bootstrap import resamples
     from socratiq.data import load_rows, split_by_context
     from socratiq.questions import ask_all
+    from socratiq.scorer import open_language_model
     from socratiq.training import generator
 
     rows = load_rows(args.data)
@@ -277,6 +278,8 @@ def run(argv: list[str] | None = None) -> None:
 
     # 2. Ask and read, one model at a time; then judge.
     answers, readings = ask_all(models, tasks, args)
+    partner = open_language_model(classifiers["scorer"].settings.get("model", "none"), args.device, args.dtype)
+    classifiers["scorer"].with_language_model(partner)
     records = {stage: figures.records_of(tasks, rows, classifiers) for stage, rows in answers.items()}
     if not records["human"]:
         del records["human"], answers["human"]

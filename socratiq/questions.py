@@ -165,6 +165,10 @@ class Asker:
     @cached_property
     def model(self) -> Model:
         """Opened when it is first needed: a mistyped type should not wait for it."""
+        from socratiq.scorer import open_language_model
+
+        if self.scorer is not None:  # a scorer that was fitted with a language model ranks better with it
+            self.scorer.with_language_model(open_language_model(self.scorer.settings.get("model", "none")))
         return Model(*self.settings)
 
     def type_named(self, said: str) -> str:
