@@ -38,8 +38,7 @@ def masked_mean(x, mask, total=None):
     x, mask (..., T) -> scalar. Differentiable in x. `total`, a number or a scalar tensor, replaces sum_t m_t.
     """
     x, mask = torch.broadcast_tensors(_wide(x), mask.bool())  # a mask shared by all rows counts once per row
-    total = mask.sum() if total is None else torch.as_tensor(total, device=x.device)
-    total = total.to(x.dtype)
+    total = torch.as_tensor(mask.sum() if total is None else total).to(x.dtype)  # a number never waits for a GPU
     return _masked(x, mask).sum() / total.masked_fill(total == 0, 1)
 
 

@@ -39,11 +39,11 @@ MUTANTS = {
         ("mask.sum() if", "mask.numel() if"),
         ("mask.sum() if", "mask.sum(-1) if"),
         ("mask.sum() if", "(mask.sum() - 1) if"),
-        ("mask.sum() if total is None else torch.as_tensor(total, device=x.device)", "mask.sum()"),
+        ("mask.sum() if total is None else total", "mask.sum()"),
         (".masked_fill(total == 0, 1)", ""),
         (".masked_fill(total == 0, 1)", ".clamp(min=1)"),
         ("torch.broadcast_tensors(_wide(x), mask.bool())", "_wide(x), mask.bool()"),
-        ("total.to(x.dtype)", "total.long()"),
+        (".to(x.dtype)", ".long()"),
     ],
     "masked_var": [
         ("(mask.sum() - 1)", "mask.sum()"),

@@ -1,0 +1,356 @@
+"""The classic mistakes of preference training, one test each, named after the mistake.
+
+The first half tries the building blocks, on a Llama of a few thousand weights. The second half watches the scripts
+themselves (tests/observed.py): what they hand to the losses, and what they log.
+"""
+
+import json
+from math import log
+from types import SimpleNamespace
+
+import pytest
+import torch
+from observed import observations
+from small import EOS, VOCABULARY, small_lm, small_policy, small_rows, stir
+
+from socratiq import losses, model
+from socratiq.batch import make_batch
+from socratiq.data import Row, load_pairs, load_rows, split_by_context
+from socratiq.errors import UserError
+from socratiq.model import load_policy, load_tokenizer, save_model, token_logprobs
+from socratiq.prompts import encode_completion, encode_prompt
+from socratiq.sampling import draw, sample
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(
+        torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=tolerance, check_dtype=False
+    )
+
+
+# ----------------------------------------------------------------------------------------- the building blocks
+
+
+def test_shift():
+    """The hidden state *before* a token scores it."""
+    policy = small_policy()
+    prompt, completion = [1, 5, 7, 3], [8, 4, EOS]
+    lm = small_lm(attention="sdpa")
+    logprobs = lm(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)  # of the token that comes next
+    ours = token_logprobs(policy, make_batch([prompt], [[completion]]))["logprobs"][0, 0]
+    close(ours, torch.stack([logprobs[3 + t, token] for t, token in enumerate(completion)]))
+    off_by_one = torch.stack([logprobs[4 + t, token] for t, token in enumerate(completion)])
+    assert (ours - off_by_one).abs().max() > 0.1
+
+
+def test_padding():
+    """Explicit positions and masks: rows of different length stand together as each would alone."""
+    policy = small_policy()
+    prompts, completions = small_rows(rows=3)
+    batch = make_batch(prompts, completions)
+    tokens = sum(len(prompt) + len(row[0]) for prompt, row in zip(prompts, completions, strict=True))
+    assert len(batch.input_ids) <= tokens  # nothing is padded before the model, and what is common is run once
+    trained = token_logprobs(policy, batch)["logprobs"]
+    written = sample(policy, prompts, 2, max_new_tokens=6, eos_id=EOS, seeds=[1, 2, 3])
+    for b in range(3):
+        alone = token_logprobs(policy, make_batch(prompts[b : b + 1], completions[b : b + 1]))["logprobs"]
+        close(trained[b, :, : alone.shape[-1]], alone[0])
+        assert sample(policy, prompts[b : b + 1], 2, max_new_tokens=6, eos_id=EOS, seeds=[1 + b]) == [written[b]]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_boundary(adds_bos):
+    """Prompt and completion are tokenised apart and joined as ids; one BOS if the tokenizer has one, never two."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_bos_token = adds_bos
+    prompt = encode_prompt(tokenizer, "Dogs are good. <s> ### Response:", "Clarity", 512)
+    question = encode_completion(tokenizer, " Why?")
+    assert prompt.count(tokenizer.bos_token_id) == adds_bos and (prompt[0] == tokenizer.bos_token_id) == adds_bos
+    assert tokenizer.bos_token_id not in question
+    assert make_batch([prompt], [[question]]).input_ids.tolist() == prompt + question
+    for other in ("?", "\nWhy?", "Response: why?"):  # nothing in a question can reach back into the prompt
+        joined = prompt + encode_completion(tokenizer, other)
+        assert joined[: len(prompt)] == prompt and joined[-1] == tokenizer.eos_token_id
+
+
+def test_eos():
+    """Appended once, supervised, kept in rollouts; nothing comes after it."""
+    tokenizer = load_tokenizer("tiny")
+    question = encode_completion(tokenizer, "Why are dogs good?")
+    assert question[-1] == tokenizer.eos_token_id and question.count(tokenizer.eos_token_id) == 1
+    assert make_batch([[1, 5]], [[question]]).mask.sum() == len(question)  # EOS is in the mask, so it is learnt
+    policy = small_policy()
+    prompts, _ = small_rows()
+    written = [ids for row in sample(policy, prompts, 8, max_new_tokens=12, eos_id=EOS) for ids in row]
+    assert sum(ids[-1] == EOS for ids in written) > 8
+    assert all(EOS not in ids[:-1] and 1 <= len(ids) <= 12 for ids in written)
+
+
+def test_pad_is_eos():
+    """Masks come from lengths. A token that happens to be the padding's id counts, wherever it stands."""
+    completions = [[[0, 5, 0, EOS], [EOS]], [[EOS, EOS, 4], [0, 0]]]
+    batch = make_batch([[1, 3], [1, 4]], completions)
+    assert batch.mask.sum(-1).tolist() == [[4, 1], [3, 2]]
+    logprobs = token_logprobs(small_policy(), batch)["logprobs"]
+    assert (logprobs[batch.mask.bool()] < 0).all() and (logprobs[~batch.mask.bool()] == 0).all()
+
+
+def test_precision():
+    """Under bfloat16 autocast log-probs and losses are float32, and probabilities still add up to one."""
+    policy = small_policy()
+    policy.autocast = True
+    batch = make_batch([[1, 5, 7]], [[[token] for token in range(VOCABULARY)]])
+    logprobs = token_logprobs(policy, batch)["logprobs"]
+    assert logprobs.dtype == torch.float32
+    close(logprobs.exp().sum(), 1.0, 1e-5)  # a log-softmax in bfloat16 would be off by 1e-2
+    loss = losses.sft_loss(logprobs, batch.mask)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in policy.trainable().values())
+
+
+def test_values():
+    """V_t is read before token t, so token t cannot change it; after the end there is none; the head starts at zero."""
+    policy = small_policy(value_head=True)
+    prompt = [1, 5, 7]
+    assert (token_logprobs(policy, make_batch([prompt], [[[8, 4, EOS]]]))["values"] == 0).all()
+    torch.nn.init.normal_(policy.value_head.weight)
+    batch = make_batch([prompt], [[[8, 4, EOS], [8, 9, EOS], [8, EOS]]])
+    first, other, short = token_logprobs(policy, batch)["values"][0]
+    close(first[:2], other[:2])  # before the tokens that differ, and at the first of them
+    assert (first[2] - other[2]).abs() > 1e-3
+    assert short[2] == 0
+
+
+def test_reward_slot():
+    """The score stands on EOS, the last real token, and on the last token of an answer that was cut off."""
+    batch = make_batch([[1, 5], [1, 6]], [[[8, EOS], [8, 9, 4, EOS]], [[7, 7, 7], [EOS]]])
+    zeros = torch.zeros(batch.mask.shape)
+    rewards = losses.shape_rewards(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), zeros, zeros, batch.mask, kl_coef=0.1)
+    assert rewards.tolist() == [[[0, 1, 0, 0], [0, 0, 0, 2]], [[0, 0, 3, 0], [4, 0, 0, 0]]]
+    ended = rewards[0][batch.tokens[0] == EOS]
+    assert ended.tolist() == [1, 2]
+
+
+def test_missing_eos():
+    """EOS is looked for in the response: one in the prompt, or the same id in the padding, excuses nothing."""
+    batch = make_batch([[1, EOS, 5]], [[[8, EOS], [8, 9, 4]]])
+    tokens = batch.tokens.masked_fill(batch.mask == 0, EOS)  # as where padding and EOS are the same token
+    scores = losses.missing_eos_penalty(torch.tensor([[0.5, 0.5]]), tokens, batch.mask, EOS, penalty=1.0)
+    assert scores.tolist() == [[0.5, -0.5]]
+
+
+def test_dropout(tmp_path, monkeypatch):
+    """Zero everywhere, train mode or not, even if the model's configuration asks for it."""
+    tokenizer, lm = load_tokenizer("tiny"), model.open_model("tiny", torch.float32)
+    lm.config.attention_dropout = 0.5
+    save_model(lm, lm.state_dict(), tokenizer, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["attention_dropout"] == 0.5
+    policy = load_policy(str(tmp_path / "model"), "cpu", "float32", lora_rank=4)
+    policy.train()
+    batch = make_batch(*small_rows())
+    assert torch.equal(token_logprobs(policy, batch)["logprobs"], token_logprobs(policy, batch)["logprobs"])
+    assert policy.lm.config.attention_dropout == 0
+    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in policy.modules())
+
+
+def test_value_clip():
+    """Around the old values, the larger of the two errors for each element, one half, masked."""
+    new, old = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])
+    returns, mask = torch.tensor([2.0, -1.0, 50.0]), torch.tensor([1.0, 1.0, 0.0])
+    loss, _ = losses.value_loss(new, old, returns, mask, clip=0.5)
+    # max((1 - 2)^2, (0.5 - 2)^2) = 2.25 and max((1 + 1)^2, (0.5 + 1)^2) = 4; a maximum of the means would be 2.5
+    close(loss, 0.5 * (2.25 + 4) / 2)
+
+
+def test_split(inputs):
+    """By context: no text stands on both sides, in rows and in pairs, however it is spaced or capitalised."""
+    rows = load_rows(str(inputs / "rows.jsonl"))
+    rows += [Row(row.context.upper().replace(" ", "  "), "Really?", "Clarity", "") for row in rows]
+    for items in (rows, load_pairs(str(inputs / "pairs.jsonl"))):
+        train, held_out = split_by_context(items, 0.3, seed=0)
+        assert train and held_out and len(train) + len(held_out) == len(items)
+        sides = [{" ".join(item.context.casefold().split()) for item in side} for side in (train, held_out)]
+        assert not sides[0] & sides[1]
+
+
+def test_empty_completions(tmp_path):
+    """Refused by name on the way in; a sampled one counts nothing and is never NaN."""
+    (tmp_path / "rows.jsonl").write_text('{"context": "Dogs.", "question": " ", "type": "Clarity"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl.*question.*empty"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+    policy = small_policy(value_head=True)
+    with_empty = make_batch([[1, 5], [1, 6]], [[[8, EOS]], [[]]])
+    without = make_batch([[1, 5]], [[[8, EOS]]])
+    logprobs = token_logprobs(policy, with_empty)["logprobs"]
+    close(losses.sft_loss(logprobs, with_empty.mask), losses.sft_loss(logprobs[:1], without.mask))
+    rewards = losses.shape_rewards(torch.ones(2, 1), logprobs, logprobs, with_empty.mask, kl_coef=0.1)
+    advantages, returns = losses.gae(rewards, torch.zeros_like(rewards), with_empty.mask, gamma=1.0, lam=0.9)
+    assert rewards[1].sum() == 0 and advantages[1].sum() == 0 and returns.isfinite().all()
+    nothing = make_batch([[1, 5]], [[[]]])
+    assert losses.sft_loss(token_logprobs(policy, nothing)["logprobs"], nothing.mask) == 0
+
+
+# ----------------------------------------------------------------------------------------------- the scripts
+
+
+def run(scripts, inputs, folder, script, *options):
+    """One script on `tiny` and a few rows: what was observed, the metrics by step, the folder it wrote."""
+    data = ["--pairs", inputs / "pairs.jsonl"] if script == "train_dpo.py" else ["--data", inputs / "rows.jsonl"]
+    command = [script, "--model", "tiny", "--dtype", "float32", "--device", "cpu", "--held-out", "0.2", *data]
+    status, _, complained = scripts.run([*command, "--out", "out", *options], cwd=folder, patch="observed:watch")
+    assert (status, complained) == (0, "")
+    metrics = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return SimpleNamespace(seen=observations(folder), metrics=metrics, out=folder / "out")
+
+
+@pytest.fixture(scope="module")
+def dpo(scripts, inputs, tmp_path_factory):
+    return run(scripts, inputs, tmp_path_factory.mktemp("dpo"), "train_dpo.py", "--steps", 6, "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def ppo(scripts, inputs, tmp_path_factory):
+    options = ["--scorer", inputs / "scorer", "--steps", 2, "--batch-size", 4, "--samples-per-prompt", 3]
+    options += ["--minibatches", 2, "--ppo-epochs", 2, "--max-new-tokens", 8, "--temperature", 0.8, "--lr", "1e-3"]
+    options += ["--eval-prompts", 2, "--target-kl", 100]
+    return run(scripts, inputs, tmp_path_factory.mktemp("ppo"), "train_ppo.py", *options)
+
+
+def test_sequence_score(dpo, scripts, inputs, tmp_path):
+    """DPO sums log-probs over the completion; only IPO averages them."""
+    for call in dpo.seen["sequence_logps"]:
+        assert not call["average"]
+        close(call["result"], (call["logprobs"] * call["mask"]).sum(-1))
+    ipo = run(scripts, inputs, tmp_path, "train_dpo.py", "--steps", 1, "--loss", "ipo")
+    for call in ipo.seen["sequence_logps"]:
+        close(call["result"], (call["logprobs"] * call["mask"]).sum(-1) / call["mask"].sum(-1))
+
+
+def test_temperature(ppo):
+    """The same in rollout, reference and update; and the sampler can draw every token, however unlikely."""
+    assert {call["temperature"] for call in ppo.seen["token_logprobs"] + ppo.seen["sample"]} == {0.8}
+    logits = torch.tensor([[5.0, 0.0, -5.0, 1.0]])
+    cumulative = (logits / 0.8).softmax(-1).cumsum(-1)[0]
+    for token in range(4):
+        middle = (cumulative[token] + (cumulative[token - 1] if token else 0)) / 2
+        assert draw(logits, middle[None], 0.8).item() == token
+
+
+def test_old_log_probs(ppo):
+    """Recomputed by the forward that trains, so that the first ratio of every rollout is 1."""
+    first, later = [], []
+    for before, call in zip(ppo.seen[""], ppo.seen[""][1:], strict=False):
+        if call["name"] == "policy_loss":
+            moved = ((call["new_logprobs"] - call["old_logprobs"]) * call["mask"]).abs().max()
+            (first if not any_update_since_rollout(ppo.seen[""], call) else later).append(moved)
+            assert before["name"] == "token_logprobs"
+    assert len(first) == 2 and max(first) < 1e-5
+    assert len(later) == 6 and min(later) > 1e-5
+
+
+def any_update_since_rollout(entries, call):
+    place = next(i for i, entry in enumerate(entries) if entry is call)
+    names = [entry["name"] for entry in entries[:place]]
+    rollout = max(i for i, name in enumerate(names) if name == "gae")
+    return "update" in names[rollout:]
+
+
+def test_whitening(ppo):
+    """Advantages are whitened, over the mask, once per rollout and after the returns; rewards and returns are not."""
+    assert len(ppo.seen["whiten"]) == len(ppo.seen["gae"]) == 2
+    for step in range(2):
+        advantages, returns = ppo.seen["gae"][step]["result"]
+        white = ppo.seen["whiten"][step]
+        assert torch.equal(white["x"], advantages) and white["shift_mean"]
+        assert torch.equal(ppo.seen["gae"][step]["rewards"], ppo.seen["shape_rewards"][step]["result"])
+        close(losses.masked_mean(white["result"], white["mask"]), 0.0)
+        for call in ppo.seen["value_loss"][4 * step : 4 * step + 4]:
+            assert set(call["returns"].flatten().tolist()) <= set(returns.flatten().tolist())
+        for call in ppo.seen["policy_loss"][4 * step : 4 * step + 4]:
+            assert set(call["advantages"].flatten().tolist()) <= set(white["result"].flatten().tolist())
+
+
+def test_kl(ppo):
+    """k1 in the reward, k3 to watch; policy to reference and new to old under names of their own."""
+    for call in ppo.seen["shape_rewards"]:
+        score = torch.zeros_like(call["mask"])
+        last = call["mask"].sum(-1).long() - 1
+        score.scatter_(-1, last[..., None], call["scores"][..., None])
+        k1 = call["logprobs"] - call["ref_logprobs"]
+        close(call["result"], (score - call["kl_coef"] * k1) * call["mask"])
+    last = ppo.metrics[-1]
+    assert last["objective/kl_k3"] >= 0 and last["policy/approxkl"] >= 0
+    assert last["objective/kl"] != last["policy/approxkl"]
+    assert "negative" in losses.kl_estimate.__doc__
+
+
+def test_reference(dpo, ppo):
+    """First DPO loss = ln 2; first KL = 0; the base weights under the adapters never change."""
+    close(dpo.metrics[0]["eval/loss"], log(2), 1e-6)
+    close(ppo.metrics[1]["objective/kl"], 0.0, 1e-6)
+    reference = [call for call in ppo.seen["token_logprobs"] if call["reference"]]
+    assert reference and not any(call["gradients"] for call in reference)
+    policy = small_policy(lora_rank=4)
+    before = {name: tensor.clone() for name, tensor in policy.lm.state_dict().items() if "lora_" not in name}
+    stir(policy)
+    assert all(torch.equal(policy.lm.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_adam_epsilon(ppo, dpo):
+    """1e-5 in PPO, where gradients are small and noisy; Adam's own 1e-8 elsewhere."""
+    assert [call["eps"] for call in ppo.seen["make_optimizer"]] == [1e-5]
+    assert [call["eps"] for call in dpo.seen["make_optimizer"]] == [1e-8]
+
+
+def test_accumulation(scripts, inputs, tmp_path):
+    """1 x 8 = 2 x 4 = 8 x 1: an update is divided by the tokens of its whole window, a short last one included."""
+    runs = []
+    for batch_size, accumulate in ((8, 1), (4, 2), (1, 8)):
+        folder = tmp_path / str(batch_size)
+        folder.mkdir()
+        options = ["--epochs", 1, "--lr", "1e-3", "--batch-size", batch_size, "--accumulate", accumulate]
+        runs.append(run(scripts, inputs, folder, "train_sft.py", *options))
+    windows = [call["mask"].shape[0] for call in runs[0].seen["sft_loss"] if call["gradients"]]
+    assert windows[0] == 8 and 0 < windows[-1] < 8  # the last one is short
+    for other in runs[1:]:
+        for line, expected in zip(other.metrics, runs[0].metrics, strict=True):
+            for name in {"loss", "grad_norm", "eval/loss"} & expected.keys():
+                assert line[name] == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_metrics(ppo):
+    """Masked as the losses are: worked out here token by token, over real tokens alone."""
+    for step, line in enumerate(ppo.metrics[1:]):
+        shaped, scored = ppo.seen["shape_rewards"][step], ppo.seen["missing_eos_penalty"][step]
+        kls, rewards, lengths, ended = [], [], [], []
+        for b in range(4):
+            for k in range(3):
+                real = range(int(shaped["mask"][b, k].sum()))
+                kls.append(sum((shaped["logprobs"] - shaped["ref_logprobs"])[b, k, t].item() for t in real))
+                rewards.append(sum(shaped["result"][b, k, t].item() for t in real))
+                lengths.append(len(real))
+                ended.append(any(scored["tokens"][b, k, t] == scored["eos_id"] for t in real))
+        for name, values in (("kl", kls), ("rlhf_reward", rewards)):
+            assert line[f"objective/{name}"] == pytest.approx(sum(values) / 12, abs=1e-5)
+        assert line["length"] == pytest.approx(sum(lengths) / 12)
+        assert line["eos_rate"] == pytest.approx(sum(ended) / 12)
+        updates = ppo.seen["policy_loss"][4 * step : 4 * step + 4]
+        assert line["policy/clipfrac"] == pytest.approx(sum(call["result"][1].item() for call in updates) / 4)
+
+
+def test_chosen_reward_falls_in_dpo(dpo, scripts, inputs, tmp_path):
+    """Both log-probs are logged, so that the drift shows; --sft-coef, the remedy, holds the chosen one up."""
+    assert all({"logps/chosen", "logps/rejected", "rewards/chosen"} <= line.keys() for line in dpo.metrics[1:])
+    held = run(scripts, inputs, tmp_path, "train_dpo.py", "--steps", 6, "--lr", "1e-3", "--sft-coef", "1")
+    assert held.metrics[-1]["eval/logps/chosen"] > dpo.metrics[-1]["eval/logps/chosen"]
+    assert held.metrics[-1]["eval/rewards/margins"] > 0
+
+
+def test_reward_hacking(ppo):
+    """What shows it is logged: the parts of the reward, length, and questions with their scores to be read."""
+    last = ppo.metrics[-1]
+    assert sum(name.startswith("reward/") for name in last) >= 3 and last["length"] > 0
+    samples = [json.loads(line) for line in (ppo.out / "samples.jsonl").read_text().splitlines()]
+    assert {"train", "held_out"} == {sample["split"] for sample in samples}
+    assert all({"step", "question", "score", "context", "type"} <= sample.keys() for sample in samples)
