@@ -99,6 +99,7 @@ def run_stage():
     train, held_out = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     # Model and optimiser.
+    training.repeatable(args.deterministic)
     policy = load_policy(args.model, args.device, args.dtype, **cli.model_options(args))
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)

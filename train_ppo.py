@@ -136,6 +136,7 @@ def run_stage():
 
     # Model, reward, optimiser.
     tokenizer = load_tokenizer(args.model)
+    training.repeatable(args.deterministic)
     policy = load_policy(args.model, args.device, args.dtype, value_head=True, **cli.model_options(args))
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()

@@ -86,6 +86,7 @@ def run_stage():
     held_out = [encode(row) for row in held_out_rows[: args.eval_rows]]
 
     # Model and optimiser.
+    training.repeatable(args.deterministic)
     policy = load_policy(args.model, args.device, args.dtype, **cli.model_options(args))
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)

@@ -70,6 +70,11 @@ def add_run_arguments(parser: Parser, out: str) -> None:
         help="precision of the matrix products; trained weights and losses stay float32 (auto: bfloat16 where fast)",
     )
     group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU too the same command gives the same bytes, somewhat slower (on the CPU it does so anyway)",
+    )
+    group.add_argument(
         "--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from"
     )
     group.add_argument(

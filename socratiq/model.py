@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -414,7 +415,10 @@ def save_policy(policy: Policy, tokenizer, folder: str | Path, base_name: str) -
     remove(folder / "adapter")
     if any(True for _ in lora.adapters(policy.lm)):
         lora.save_adapter(policy.lm, state, partial / "adapter", base_name)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in (file for file in partial.rglob("*") if file.is_file()):
+        shutil.copymode(partial / "config.json", file)  # safetensors lets nobody else read what it writes
         sync(file)
+    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
         os.replace(file, folder / file.name)
     partial.rmdir()
+    sync(folder)

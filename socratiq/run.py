@@ -1,7 +1,7 @@
 """The folder of a training run: its arguments, its logs, its checkpoint. It can be killed at any moment.
 
-The same command continues from the last checkpoint and ends with the same bytes as a run that was never killed. What
-makes that hold:
+The same command continues from the last checkpoint and ends with the same bytes as a run that was never killed (on the
+same machine and as many threads; on a GPU with --deterministic, else but for rounding). What makes that hold:
 
 - whatever is random is drawn from a generator seeded with (seed, purpose, number of the step or epoch), so that the
   random state of any step can be rebuilt from its number alone;
@@ -221,8 +221,9 @@ class Run:
         if self.restart:
             # First what makes the folder a finished run and a model, last the arguments: a kill on the way leaves a
             # run with the old arguments and no checkpoint, or the new run.
-            for name in ("summary.json", "config.json", "adapter", "nonfinite", *WORK, *LOGS):
-                remove(self.out / name)
+            for name in ("summary.json", "config.json", "model*.safetensors*", "adapter", "nonfinite", *WORK, *LOGS):
+                for path in self.out.glob(name):
+                    remove(path)
         if self.restart or not self.known.exists():
             atomic_write(self.known, json.dumps(self.arguments, indent=2) + "\n")
             self._lock()

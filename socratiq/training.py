@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,14 @@ from socratiq.files import replacing, to_json
 from socratiq.run import Run
 
 # --- optimiser and schedule -----------------------------------------------------------------------------------------
+
+
+def repeatable(wanted: bool) -> None:
+    """Choose kernels that add in a fixed order, as those of the CPU do; where a GPU has none, PyTorch warns."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def make_optimizer(policy, lr: float, eps: float = 1e-8) -> torch.optim.Optimizer:

@@ -28,7 +28,17 @@ CASES = {
     "sft full bfloat16 accumulated": ["train_sft.py", "--steps", "8", *ACCUMULATE, *FULL, *BFLOAT],
     "dpo": ["train_dpo.py", "--epochs", "2", "--batch-size", "5", "--sft-coef", "0.1"],
     "dpo bfloat16 accumulated": ["train_dpo.py", "--steps", "8", *ACCUMULATE, *BFLOAT],
-    "dpo full": ["train_dpo.py", "--steps", "5", "--batch-size", "4", *FULL, "--checkpoint-every", "3"],
+    "dpo full": [
+        "train_dpo.py",
+        "--steps",
+        "5",
+        "--batch-size",
+        "4",
+        *FULL,
+        "--deterministic",
+        "--checkpoint-every",
+        "3",
+    ],
     "ppo": ["train_ppo.py", "--steps", "3", "--kl-target", "0.01", "--kl-horizon", "20"],
     "ppo full bfloat16": ["train_ppo.py", "--steps", "3", *FULL, *BFLOAT],
 }
