@@ -243,7 +243,7 @@ class OpenAIWriter:
 
     def _judge_status(self, error) -> "Failure":
         status, code, kind = error.status_code, str(error.code or ""), str(error.type or "")
-        said, where = self.scrub(error), self.address
+        said, where = self.scrub(server_words(error)), self.address
         if status == 401:
             hint = "the key in OPENAI_API_KEY was refused" if self.key else "it wants a key: set OPENAI_API_KEY"
             return Failure(UserError(f"{where} answered 401: {hint}"))
@@ -302,6 +302,17 @@ class Failure:
     again: bool = False
     retry_after: float | None = None  # seconds the server asked for
     billed: bool = False  # it may have cost money all the same
+
+
+def server_words(error) -> str:
+    """What the server said of an error, in OpenAI's form ({"error": {"message": ...}}) or in any other."""
+    body = error.body
+    if isinstance(body, dict) and isinstance(body.get("message"), str):
+        return body["message"]
+    try:
+        return error.response.text or str(error)
+    except Exception:  # a body that never came, or that no encoding reads
+        return str(error)
 
 
 class BadBody(Exception):

@@ -205,6 +205,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, [1, 2, 3])
         elif name == "odd json":
             self.send(200, {"object": "chat.completion", "choices": [{"message": {"content": {"a": 1}}}]})
+        elif name == "400 detail":  # as FastAPI words it
+            self.send(400, {"detail": "Server is pinned to 'a'; requested 'b'."})
         elif name == "redirect":
             self.send(307, b"", {"Location": play.target + self.path})
         else:

@@ -159,10 +159,11 @@ def test_a_redirect_is_not_followed():
         assert KEY not in str(failure.value)
 
 
-def test_a_request_the_server_refuses_costs_only_its_row():
-    with FaultServer(["too long"]) as server:
+@pytest.mark.parametrize(("fault", "says"), [("too long", "400: too many tokens"), ("400 detail", "pinned to 'a'")])
+def test_a_request_the_server_refuses_costs_only_its_row(fault, says):
+    with FaultServer([fault]) as server:
         asking = writer(server)
-        with pytest.raises(RowFailed, match="400") as failure:
+        with pytest.raises(RowFailed, match=says) as failure:
             asking.answers([asking.request(job())])
         assert not failure.value.transient
         assert len(server.requests) == 1
