@@ -337,12 +337,16 @@ def figures_table(evaluation: dict) -> str:
     return f'<div class="card wide">{body}</div>'
 
 
+def short(x) -> str:
+    """A number in two decimals; anything else as text."""
+    if not isinstance(x, int | float):
+        return e(x)
+    return f"{x:.2f}" if abs(x) < 100 else f"{x:.0f}"
+
+
 def cell(entry: dict | None) -> str:
     if not entry or entry.get("value") is None:
         return ""
-
-    def short(x: float) -> str:
-        return f"{x:.2f}" if abs(x) < 100 else f"{x:.0f}"
 
     span = f"<small>{short(entry['low'])} – {short(entry['high'])}</small>" if "low" in entry else ""
     return short(entry["value"]) + span
@@ -451,7 +455,7 @@ def pairs_section(pairs: list[dict], dropped: list[dict]) -> str:
     for pair in pairs[:: max(1, len(pairs) // 4)][:4]:
         rows = "".join(
             f'<div class="said" {tint(color)}><span class="who">{side}</span><q>{e(pair.get(side, ""))}</q>'
-            f'<span class="score"><b>{e(pair.get(f"{side}_score", ""))}</b></span></div>'
+            f'<span class="score"><b>{short(pair.get(f"{side}_score", ""))}</b></span></div>'
             for side, color in (("chosen", "dpo"), ("rejected", "base"))
         )
         examples.append(f'<div class="type"><h3>{e(pair.get("type", ""))}</h3>{rows}</div>')
@@ -504,7 +508,7 @@ def on_the_way(run: Run) -> str:
         rows = "".join(
             f'<div class="said" {tint(run.stage)}><span class="who">step {e(sample.get("step"))}</span>'
             f"<q>{e(sample.get('question', ''))}</q>"
-            f'<span class="score"><b>{e(sample.get("score", ""))}</b></span></div>'
+            f'<span class="score"><b>{short(sample.get("score", ""))}</b></span></div>'
             for sample in picked
         )
         text = f'<p class="as">{e(context[:220])}{"…" if len(context) > 220 else ""}</p>'
@@ -589,24 +593,28 @@ def build(folder: Path, refresh: float | None = None) -> str:
     )
 
 
-def export_tensorboard(runs: list[Run], folder: str) -> int:
-    """Every metric of every run as TensorBoard events, one subfolder a run -> how many numbers.
+def export_tensorboard(runs: list[Run], folder: str, written: dict[str, float]) -> int:
+    """The metrics of every run as TensorBoard events, one subfolder a run -> how many numbers.
 
-    Raises UserError if the package tensorboard is not installed.
+    `written` holds the last step by run; only later ones are added, and it is brought up to date. Raises UserError if
+    the package tensorboard is not installed.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
-    written = 0
+    count = 0
     for run in runs:
-        with SummaryWriter(str(Path(folder) / run.name)) as writer:
-            names = sorted({name for row in run.metrics for name in row} - {"step"})
-            for name in names:
-                for step, value in run.series(name):
+        names = sorted({name for row in run.metrics for name in row} - {"step"})
+        points = [(name, *point) for name in names for point in run.series(name)]
+        points = [point for point in points if point[1] > written.get(run.name, -1)]
+        if points:
+            with SummaryWriter(str(Path(folder) / run.name)) as writer:
+                for name, step, value in points:
                     writer.add_scalar(name, value, int(step))
-                    written += 1
-    return written
+            written[run.name] = max(step for _, step, _ in points)
+            count += len(points)
+    return count
 
 
 def write(argv: list[str] | None = None) -> None:
@@ -624,18 +632,19 @@ def write(argv: list[str] | None = None) -> None:
             raise UserError(f"{folder}: holds no run of train_sft.py, train_dpo.py or train_ppo.py yet")
         atomic_write(out, build(folder))
         if args.tensorboard:
-            written = export_tensorboard(runs, args.tensorboard)
+            written = export_tensorboard(runs, args.tensorboard, {})
             print(
                 f"{written:,} numbers in {args.tensorboard}; look at them with: tensorboard --logdir {args.tensorboard}"
             )
         print(f"{out}: {', '.join(run.name for run in runs) or 'no runs'}; open it in a browser")
         return
     print(f"{out} is written anew every {args.watch:g} seconds; Ctrl-C ends it", flush=True)
+    written: dict[str, float] = {}
     try:
         while True:
             atomic_write(out, build(folder, args.watch))
             if args.tensorboard:
-                export_tensorboard(read_runs(folder), args.tensorboard)
+                export_tensorboard(read_runs(folder), args.tensorboard, written)
             time.sleep(args.watch)
     finally:
         atomic_write(out, build(folder))  # the last one does not renew itself

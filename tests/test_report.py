@@ -250,6 +250,10 @@ def test_tensorboard_gets_every_number(runs, tmp_path, monkeypatch, capsys):
     report.write([str(runs), "--tensorboard", str(tmp_path / "events")])
     assert ("sft", "eval/loss", pytest.approx(0.5), 2) in written
     assert f"{len(written):,} numbers" in capsys.readouterr().out
+    known, before = {}, len(written)
+    assert report.export_tensorboard(report.read_runs(runs), "events", known) == before
+    make_run(runs, "sft", every_metric("sft", 16))
+    assert 0 < report.export_tensorboard(report.read_runs(runs), "events", known) < 10  # what is new since then
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         report.write([str(runs), "--tensorboard", str(tmp_path / "events")])
