@@ -492,10 +492,10 @@ def open_scorer(args, rows, train):
     lm = open_language_model(judge, args.device, args.dtype)
     if not there:
         scorer = Scorer.fit(train, seed=args.seed, lm=lm)
-        if not args.dry_run:
-            scorer.save(args.scorer)
     scorer.with_language_model(lm)
     figures = cross_validate(rows, seed=args.seed, lm=lm)
+    if not there and not args.dry_run:  # not before: rows that cannot be graded should leave no scorer behind
+        scorer.save(args.scorer)
     unknown = [name for name in figures.types if name not in scorer.types]
     if unknown:
         raise UserError(
@@ -543,6 +543,7 @@ def run() -> None:
         writer = LocalWriter(
             *open_policy(args),
             fingerprint(args.policy),
+            budget=budget,
             seed=args.seed,
             batch_size=args.batch_size,
             temperature=0.5 if args.temperature is None else args.temperature,

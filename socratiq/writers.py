@@ -75,7 +75,7 @@ class Budget:
         return prompt_tokens * self.price[0] + completion_tokens * self.price[1]
 
     def spent(self, answer: Answer) -> None:
-        """Count an answer that an earlier run paid for."""
+        """Count an answer as it is: one that an earlier run paid for, or one that cost nothing."""
         self.requests += 1
         self._add(answer)
 
@@ -375,6 +375,7 @@ class LocalWriter:
         tokenizer,
         model: str,
         *,
+        budget: Budget | None = None,
         seed: int = 0,
         batch_size: int = 16,
         temperature: float = 0.5,
@@ -382,6 +383,7 @@ class LocalWriter:
         max_new_tokens: int = 64,
     ):
         self.policy, self.tokenizer = policy, tokenizer
+        self.budget = budget or Budget()  # costs nothing, but is counted
         self.model, self.name = f"local:{model}", "local"
         self.group = batch_size
         self.settings = {
@@ -416,10 +418,13 @@ class LocalWriter:
             temperature=s["temperature"],
             seeds=[int(digest([s["seed"], r.row, r.attempt])[:15], 16) for r in requests],
         )
-        return [
+        answers = [
             Answer(decode(self.tokenizer, ids), "stop" if ids and ids[-1] == eos else "length", len(prompt), len(ids))
             for prompt, (ids,) in zip(prompts, completions, strict=True)
         ]
+        for answer in answers:
+            self.budget.spent(answer)
+        return answers
 
     def close(self) -> None:
         pass

@@ -587,6 +587,7 @@ def test_local_writer_survives_kills(rows_file, tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     done = run(rows_file, whole, *local, key=None)
     assert done.returncode == 0, done.stderr
+    assert "local: 28 requests now" in done.stdout
     log = tmp_path / "killed.answers.jsonl"
     for wanted in (2, 9):
         arguments = command(rows_file, killed, *local)
