@@ -1,20 +1,28 @@
-"""Cheap gates: is this text a question at all, in a plausible word order, and about this context?
+"""Cheap gates: is this text one question, in a plausible word order, and about this context?
 
-The reward of `socratiq.scorer` multiplies strengths by the gates of this file. Each gate is a number in 0..1 that is
-close to 1 for almost every genuine question, so that honest questions pay (nearly) nothing, and falls towards 0 for the
-strings that an optimiser finds when it only chases cue words. No language model is needed here.
+The reward of `socratiq.scorer` multiplies the strength of a type by the gates of this file. A gate is a number in 0..1
+that is near 1 for almost every genuine question, so that honest questions pay (nearly) nothing, and falls to 0 for the
+strings that an optimiser finds when it chases cue words alone. Pure text and counts: no language model is needed.
 """
 
 import math
 import re
+import zlib
 from collections import Counter
+from typing import NamedTuple
 
-TOKEN = re.compile(r"[^\W_]+(?:['’][^\W_]+)*|[^\w\s]")
+TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
+ENDINGS = ("ing", "tion", "ed", "ly", "er", "al", "s")
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-cased words and punctuation marks, in order."""
+    return TOKEN.findall(text.lower().replace("’", "'"))
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words and punctuation marks, in order."""
-    return TOKEN.findall(text.lower().replace("’", "'"))
+    """Lower-cased words without punctuation, in order."""
+    return [token for token in tokens(text) if token[0].isalnum()]
 
 
 def stem(word: str) -> str:
@@ -22,31 +30,115 @@ def stem(word: str) -> str:
     return word[:4]
 
 
+class Ramp(NamedTuple):
+    """0 at `low` and beyond, 1 at `high` and beyond, a straight line between."""
+
+    low: float
+    high: float
+
+    def __call__(self, x: float) -> float:
+        return min(1.0, max(0.0, (x - self.low) / (self.high - self.low)))
+
+    @classmethod
+    def below(cls, genuine: list[float]) -> "Ramp":
+        """A ramp under which nine of ten genuine values pay nothing: 1 from their first decile on, and 0 as far below
+        it as the median lies above it (a unit at least, where there are too few values to tell)."""
+        ordered = sorted(genuine) or [0.0]
+        decile, median = ordered[len(ordered) // 10], ordered[len(ordered) // 2]
+        return cls(decile - max(median - decile, 0.25), decile)
+
+
+STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
+BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
+VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
+MARKUP = re.compile(r"<[|/\w]|##|\[/?[A-Z]+\]")  # of prompts and chats, such as <|im_end|>, ### and [INST]
+NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
+OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the context
+
+
 def form(question: str) -> float:
-    """1 for one line that ends in its only question mark, 2 to 45 words, hardly any word or word pair said twice."""
+    """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a word or pair said twice."""
     text = question.strip()
-    said = [w for w in words(text) if w[0].isalnum()]
-    if text.count("?") != 1 or not text.endswith("?") or "\n" in text or not 2 <= len(said) <= 45:
+    said = words(text)
+    if not re.fullmatch(r"[^?？\n]*[^\W_][^?？\n\w]*[?？]", text) or not 2 <= len(said) <= 45 or MARKUP.search(text):
         return 0.0
-    pairs = list(zip(said, said[1:], strict=False))
-    distinct_words = len(set(said)) / len(said)
-    distinct_pairs = len(set(pairs)) / len(pairs)
-    return min(1.0, distinct_words / 0.6) * min(1.0, distinct_pairs / 0.9) ** 4
+    pairs = list(zip(said, said[1:]))  # noqa: B905, RUF007  (neighbours; itertools.pairwise reads no better)
+    distinct = VARIETY(len(set(said)) / len(said)) * NEW_PAIRS(len(set(pairs)) / len(pairs))
+    return STUB(len(said)) * BREVITY(len(said)) * distinct
 
 
-def copied(context: str, question: str) -> int:
-    """The longest run of question words that stands in the context word for word."""
-    text = " " + " ".join(words(context)) + " "
-    said = [w for w in words(question) if w[0].isalnum()]
-    longest = 0
+def originality(context: str, question: str) -> float:
+    """0 where the question is little more than a piece of the context with a question mark."""
+    said = words(question)
+    text = f" {' '.join(words(context))} "
+    run = 0  # length of the longest run of question words that stands in the context
     for start in range(len(said)):
-        while start + longest < len(said) and " " + " ".join(said[start : start + longest + 1]) + " " in text:
-            longest += 1
-    return longest
+        while start + run < len(said) and f" {' '.join(said[start : start + run + 1])} " in text:
+            run += 1
+    return OWN_WORDS(1 - run / len(said)) if run >= 4 else 1.0
+
+
+class WordOrder:
+    """How much better a trigram model foresees each word than the word's own frequency does: 0 for shuffled words.
+
+    All words but the commonest are replaced by their ending ("<ing>"), so that the model knows the grammar of the texts
+    it was fitted on and not their subjects. The lowest quarter of the words counts double: one seam in an otherwise
+    good question shows there.
+    """
+
+    VOCABULARY = 300
+
+    def __init__(self, vocabulary: list[str], counts: dict[int, int], total: int, ramp: Ramp):
+        self.vocabulary = frozenset(vocabulary)
+        self.counts, self.total, self.ramp = counts, total, ramp  # crc32 of a gram -> how often; number of words
+
+    @classmethod
+    def fit(cls, contexts: list[str], questions: list[str]) -> "WordOrder":
+        """Count all texts; set the ramp by the questions, each scored as if it had not been counted."""
+        texts = [*sorted(set(contexts)), *questions]
+        common = Counter(token for text in texts for token in tokens(text))
+        vocabulary = sorted(common, key=lambda token: (-common[token], token))[: cls.VOCABULARY]
+        order = cls(vocabulary, Counter(), 0, Ramp(0.0, 1.0))
+        for text in texts:
+            order.counts.update(order.grams(text))
+            order.total += len(tokens(text)) + 1  # the end counts as a word
+        order.ramp = Ramp.below([order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1])
+        return order
+
+    def shape(self, token: str) -> str:
+        """A common word or mark itself, a number, another mark, or the ending of another word."""
+        if token in self.vocabulary or not token[0].isalpha():
+            return token if token in self.vocabulary else "<number>" if token[0].isdigit() else "<mark>"
+        return f"<{next((e for e in ENDINGS if token.endswith(e)), 'word')}>"
+
+    def trigrams(self, text: str):
+        """For each word the keys of: the word, the pair it ends, that pair's start, the trigram, its start."""
+        shapes = ["^", "^", *map(self.shape, tokens(text)), "$"]
+        for a, b, c in zip(shapes, shapes[1:], shapes[2:]):  # noqa: B905
+            keys = (c, f"{b} {c}", f"{b} >", f"{a} {b} {c}", f"{a} {b} >")
+            yield [zlib.crc32(key.encode()) for key in keys]
+
+    def grams(self, text: str) -> list[int]:
+        return [key for keys in self.trigrams(text) for key in keys]
+
+    def gain(self, question: str, own: Counter | None = None) -> float:
+        """Mean log of p(word | two before) / p(word), in nats; `own` counts are taken off (leave one out)."""
+        own, gains = own or Counter(), []
+        for keys in self.trigrams(question):
+            one, pair, after, triple, after_two = (self.counts.get(key, 0) - own[key] for key in keys)
+            alone = (one + 0.5) / (self.total + self.VOCABULARY / 2)
+            mixed = 0.6 * triple / max(1, after_two) + 0.3 * pair / max(1, after) + 0.1 * alone
+            gains.append(math.log(mixed / alone))
+        gains.sort()
+        lowest = gains[: -(-len(gains) // 4)]
+        return sum(gains + lowest) / len(gains + lowest)
+
+    def __call__(self, question: str) -> float:
+        return self.ramp(self.gain(question))
 
 
 class Overlap:
-    """Relatedness without a model: the share of a question's idf weight whose word stems the context also has."""
+    """Relatedness without a model, by the word beginnings that question and context share, weighed by their rarity."""
 
     def __init__(self, idf: dict[str, float], rarest: float):
         self.idf, self.rarest = idf, rarest
@@ -54,11 +146,13 @@ class Overlap:
     @classmethod
     def fit(cls, contexts: list[str]) -> "Overlap":
         texts = sorted(set(contexts))
-        count = Counter(s for text in texts for s in {stem(w) for w in words(text)})
-        return cls({s: math.log((1 + len(texts)) / n) for s, n in count.items()}, math.log(1 + len(texts)))
+        count = Counter(s for text in texts for s in {stem(word) for word in words(text)})
+        return cls({s: math.log((1 + len(texts)) / n) for s, n in sorted(count.items())}, math.log(1 + len(texts)))
 
-    def __call__(self, context: str, question: str) -> float:
-        asked = {stem(w) for w in words(question) if w[0].isalnum()}
-        there = {stem(w) for w in words(context)}
-        weight = {s: self.idf.get(s, self.rarest) for s in asked}
-        return sum(weight[s] for s in asked & there) / max(1e-9, sum(weight.values()))
+    def __call__(self, context: str, question: str) -> tuple[float, float]:
+        """The weight of the rarest word that both have, and the sum of the weights that the context lacks."""
+        asked = {s: self.idf.get(s, self.rarest) for s in sorted({stem(word) for word in words(question)})}
+        there = {stem(word) for word in words(context)}
+        return max((x for s, x in asked.items() if s in there), default=0.0), sum(
+            x for s, x in asked.items() if s not in there
+        )

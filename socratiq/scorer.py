@@ -1,237 +1,300 @@
-"""Strength of each question type in a question, and the reward made of it.
+"""How strongly a question is of each type, and the reward made of it.
 
-    python -m socratiq.scorer --data sample --out runs/scorer
+    python -m socratiq.scorer --data sample --out runs/scorer                   # seconds, no model
+    python -m socratiq.scorer --data sample --out runs/scorer --model smollm2   # harder to fool
 
-One linear layer over hashed n-grams gives one independent strength per type (a question can be of two types). The reward
-multiplies the strength of the wanted type by cheap gates, so that cue words alone earn nothing. Fitted in seconds from
-labelled rows; rows labelled `others` are negatives.
+    reward = sqrt(strength of the wanted type) * form * originality * order * relatedness [* fluency]
+
+Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
+becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
+fluent a question is and how much more likely the text makes it. Every gate is in 0..1 and near 1 for nearly all genuine
+questions. The root of the strength, because whoever games a classifier gets strengths of 1 and loses nothing by it,
+while honest questions that are merely hard to classify are worth more. Rows labelled `others` are negatives.
 """
 
+import argparse
 import json
-import sys
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from socratiq import gates
+from socratiq.diversity import batch_diversity, diversity_factor  # noqa: F401  (part of the scorer's interface)
 from socratiq.errors import UserError
+from socratiq.errors import main as run_main
+from socratiq.grading import Figures, figures
+from socratiq.logistic import bags, fit_ngrams, fit_probe, minimise
 
-BUCKETS = 2**16
-
-
-def ngrams(question: str) -> list[int]:
-    """Buckets of the set of words, neighbouring pairs, pairs with a gap and word beginnings of a question."""
-    w = ["<s>", *gates.words(question), "</s>"]
-    grams = {*w, *zip(w, w[1:], strict=False), *((a, "_", b) for a, b in zip(w, w[2:], strict=False))}
-    grams |= {gates.stem(x) + "*" for x in w}
-    return sorted({zlib.crc32(" ".join(g if isinstance(g, tuple) else (g,)).encode()) % BUCKETS for g in grams})
-
-
-def bags(questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bucket ids of all questions in one row (M,), and where each question's begin (N,)."""
-    ids = [ngrams(q) for q in questions]
-    starts = torch.tensor([0] + [len(i) for i in ids[:-1]]).cumsum(0)[: len(ids)]
-    return torch.tensor([b for i in ids for b in i], dtype=torch.long), starts
-
-
-class Figures(NamedTuple):
-    """What cross-validation measured. `strengths` (N, T) are out of fold: no row graded by a scorer that saw it."""
-
-    types: list[str]
-    strengths: torch.Tensor
-    accuracy: float
-    macro_f1: float
-    f1: dict[str, float]
-    ece: float
-    confusion: torch.Tensor  # (T, T): rows true type, columns strongest type
+GATES = ("form", "originality", "order", "relatedness", "fluency")
+L2_RELATED = 1e-3
+DOUBT = (1.5, 1.5)  # relatedness is sigmoid(1.5 log-odds + 1.5): sharper, and in doubt for the question
+RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types: list[str], weight: torch.Tensor, bias: torch.Tensor, overlap: gates.Overlap):
-        self.types, self.weight, self.bias, self.overlap = types, weight, bias, overlap  # weight (BUCKETS, T)
+    def __init__(self, types, tensors, order: gates.WordOrder, overlap: gates.Overlap, settings: dict):
+        self.types: list[str] = types
+        self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
+        self.order, self.overlap = order, overlap
+        self.settings = settings  # with a language model: its name, its signature, the ramp of its fluency
         self.lm = None
         self.warnings: list[str] = []
 
     @classmethod
     def fit(cls, rows, seed: int = 0, lm=None) -> "Scorer":
-        """Fit on rows with .context, .question, .type; rows of type "others" are negatives for every type."""
-        rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))  # the order of the rows never matters
+        """Fit on rows with .context, .question, .type. `lm` (LanguageModel) adds the second layer.
+
+        The order of the rows never matters, nor does the seed: nothing here is random. Raises UserError if no row has a
+        type. `.warnings` of the result names questions that carry two types.
+        """
+        rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))
         types = sorted({r.type for r in rows} - {"others"})
         if not types:  # in all rows, or in those that a fold leaves
             raise UserError(
                 "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts"
             )
-        weight, bias = fit_linear([r.question for r in rows], [r.type for r in rows], types)
-        scorer = cls(types, weight, bias, gates.Overlap.fit([r.context for r in rows]))
+        contexts, questions = [r.context for r in rows], [r.question for r in rows]
+        target = torch.tensor([[float(r.type == name) for name in types] for r in rows])  # (N, T)
+        tensors = fit_ngrams(questions, target)
+        scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), {})
         scorer.warnings = contradictions(rows)
+        if lm is not None:
+            scorer.lm = lm
+            alone = lm.read_alone(questions)
+            tensors |= fit_probe(torch.stack([a.features for a in alone]), target)
+            ramps = [gates.Ramp.below(x) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
+            scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": ramps}
+        scorer.fit_relatedness(rows if lm is None else sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS])
         return scorer
 
+    def fit_relatedness(self, rows) -> None:
+        """Learn to tell each question's own text from another one of these rows: the next in a fixed random order."""
+        texts = sorted({r.context for r in rows}, key=lambda text: (place(text), text))
+        other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
+        pairs = [(text, r.question, own) for r in rows for text, own in ((r.context, 1.0), (other[r.context], 0.0))]
+        x = self.evidence([text for text, _, _ in pairs], [question for _, question, _ in pairs])  # (2 N, 2 or 3)
+        w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
+        minimise(lambda: x @ w + b, [w, b], torch.tensor([[own] for _, _, own in pairs]), L2_RELATED)
+        self.tensors["related"] = torch.cat([w[:, 0], b])
+
     def with_language_model(self, lm) -> "Scorer":
-        """The same scorer, with a frozen language model (`LanguageModel`) at hand."""
-        self.lm = lm
+        """This scorer with the language model that it was fitted with; None leaves it as it is."""
+        if lm is not None:
+            known, now = self.settings.get("signature"), lm.signature()
+            if known is None:
+                raise UserError("this scorer was fitted without a language model; fit it anew with --model")
+            if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
+                raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
+            self.lm = lm
         return self
+
+    # --- strengths --------------------------------------------------------------------------------------------------
+
+    def by_ngrams(self, questions: list[str]) -> torch.Tensor:
+        """(N, T) in 0..1 by n-grams alone."""
+        ids, starts = bags(questions)
+        return torch.sigmoid(F.embedding_bag(ids, self.tensors["weight"], starts, mode="sum") + self.tensors["bias"])
+
+    def by_probe(self, questions: list[str]) -> torch.Tensor:
+        """(N, T) in 0..1 by the probe on the language model's hidden states alone."""
+        features = [a.features for a in self.lm.read_alone(questions)]
+        return torch.sigmoid(torch.stack(features) @ self.tensors["probe"] + self.tensors["probe_bias"])
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how strongly each question is of each type."""
         if not questions:
             return torch.zeros(0, len(self.types))
-        ids, starts = bags(questions)
-        scale = torch.rsqrt(torch.diff(starts, append=torch.tensor([len(ids)])).float()).unsqueeze(1)
-        return torch.sigmoid(F.embedding_bag(ids, self.weight, starts, mode="sum") * scale + self.bias)
-
-    def components(self, contexts: list[str], questions: list[str], types: list[str]) -> dict[str, torch.Tensor]:
-        """Every factor of the reward by name, each (N,) in 0..1. An unknown type raises KeyError."""
-        index = {name: i for i, name in enumerate(self.types)}
-        columns = torch.tensor([index[t] for t in types], dtype=torch.long)
-        pairs = list(zip(contexts, questions, strict=True))
-        return {
-            "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
-            "form": torch.tensor([gates.form(q) for _, q in pairs]),
-            "copying": torch.tensor([min(1.0, max(0.0, (14 - gates.copied(c, q)) / 7)) for c, q in pairs]),
-            "relatedness": torch.tensor([0.6 + 0.4 * min(1.0, self.overlap(c, q) / 0.3) for c, q in pairs]),
-        }
-
-    def reward(self, contexts: list[str], questions: list[str], types: list[str], lm=None) -> torch.Tensor:
-        """(N,) in 0..1: the product of the components."""
-        return torch.stack(list(self.components(contexts, questions, types).values())).prod(0)
+        by_ngrams = self.by_ngrams(questions)
+        return by_ngrams if self.lm is None else (by_ngrams * self.by_probe(questions)).sqrt()
 
     def is_not(self, context: str, question: str, type: str, rejected_max: float) -> bool:
-        """Whether n-grams (and the probe, with a language model) agree that the question is not of the type."""
-        return self.strengths([context], [question])[0, self.types.index(type)].item() <= rejected_max
+        """Whether n-grams, and with a language model the probe too, hold that the question is not of the type."""
+        column = self._column(type)
+        opinions = [self.by_ngrams([question])] + ([self.by_probe([question])] if self.lm is not None else [])
+        return all(opinion[0, column].item() <= rejected_max for opinion in opinions)
+
+    # --- reward -----------------------------------------------------------------------------------------------------
+
+    def evidence(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
+        """(N, 2 or 3) signs that a question is about its context: words shared and not (gates.Overlap), and with a
+        language model how much likelier the context makes it.
+
+        That is log p(question | context) - log p(question) without the first token, which every text helps, over the
+        root of the question's length: long questions have more to gain.
+        """
+        columns = list(zip(*map(self.overlap, contexts, questions), strict=True))
+        if self.lm is not None:
+            both = zip(self.lm.read_given(contexts, questions), self.lm.read_alone(questions), strict=True)
+            columns.append([(g - a.logprobs)[1:].sum().item() / max(1, len(g)) ** 0.5 for g, a in both])
+        return torch.tensor(columns).T
+
+    def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The reward (N,), and every part of it by name, each (N,) in 0..1. Raises UserError for an unknown type."""
+        columns = torch.tensor([self._column(t) for t in types], dtype=torch.long)
+        if not questions:
+            return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES[: None if self.lm else -1])}
+        pairs = list(zip(contexts, questions, strict=True))
+        parts = {
+            "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
+            "form": torch.tensor([gates.form(q) for q in questions]),
+            "originality": torch.tensor([gates.originality(c, q) for c, q in pairs]),
+            "order": torch.tensor([self.order(q) for q in questions]),
+        }
+        *w, b = self.tensors["related"]
+        own_text = self.evidence(contexts, questions) @ torch.stack(w) + b  # log-odds against another text
+        parts["relatedness"] = torch.sigmoid(DOUBT[0] * own_text + DOUBT[1])
+        if self.lm is not None:
+            ramps = [gates.Ramp(*ramp) for ramp in self.settings["fluency"]]
+            read = [fluencies(a.logprobs) for a in self.lm.read_alone(questions)]
+            parts["fluency"] = torch.tensor([min(r(x) for r, x in zip(ramps, of, strict=True)) for of in read])
+        reward = parts["strength"].sqrt() * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
+        if self.lm is not None:
+            parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]
+            parts["probe"] = self.by_probe(questions).gather(1, columns[:, None])[:, 0]
+        return reward, parts
+
+    def components(self, contexts: list[str], questions: list[str], types: list[str]) -> dict[str, torch.Tensor]:
+        """Every part of the reward by name, each (N,)."""
+        return self.graded(contexts, questions, types)[1]
+
+    def reward(self, contexts: list[str], questions: list[str], types: list[str]) -> torch.Tensor:
+        """(N,) in 0..1."""
+        return self.graded(contexts, questions, types)[0]
 
     def explain(self, context: str, question: str) -> dict:
-        """All that the scorer thinks of one question: strengths by type, every component, reward by type."""
+        """All that the scorer thinks of one question: by type its strength and reward, and every gate."""
         n = len(self.types)
-        parts = self.components([context] * n, [question] * n, self.types)
-        reward = self.reward([context] * n, [question] * n, self.types)
-        named = {name: value[0].item() for name, value in parts.items() if name != "strength"}
-        return {
-            "strengths": dict(zip(self.types, parts["strength"].tolist(), strict=True)),
-            **named,
-            "reward": dict(zip(self.types, reward.tolist(), strict=True)),
+        reward, parts = self.graded([context] * n, [question] * n, self.types)
+        by_type = {name: parts[name] for name in ("strength", "ngrams", "probe") if name in parts} | {"reward": reward}
+        return {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in by_type.items()} | {
+            name: x[0].item() for name, x in parts.items() if name not in by_type
         }
+
+    def _column(self, type: str) -> int:
+        if type not in self.types:
+            raise UserError(f"the scorer does not know the type {type!r}; it knows {', '.join(self.types)}")
+        return self.types.index(type)
+
+    # --- files ------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Write scorer.safetensors and scorer.json."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias}, folder / "scorer.safetensors")
-        settings = {"types": self.types, "idf": self.overlap.idf, "rarest": self.overlap.rarest}
-        (folder / "scorer.json").write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
+        from socratiq.files import atomic_write
+
+        grams = sorted(self.order.counts)
+        tensors = {
+            **self.tensors,
+            "grams": torch.tensor(grams) - 2**31,
+            "counts": torch.tensor([self.order.counts[g] for g in grams]),
+        }
+        settings = {"types": self.types, **self.settings, "order": list(self.order.ramp), "words": self.order.total}
+        settings |= {
+            "vocabulary": sorted(self.order.vocabulary),
+            "rarest": self.overlap.rarest,
+            "idf": self.overlap.idf,
+        }
+        atomic_write(
+            Path(folder) / "scorer.safetensors",
+            save({k: v if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}),
+        )
+        atomic_write(Path(folder) / "scorer.json", json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Scorer":
-        """Read what `save` wrote."""
+        """Read what `save` wrote. Raises UserError if there is nothing that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             tensors = load_file(Path(folder) / "scorer.safetensors")
-            settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
-            overlap = gates.Overlap(settings["idf"], settings["rarest"])
-            return cls(settings["types"], tensors["weight"], tensors["bias"], overlap)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            read = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
+            grams, counts = (tensors.pop("grams").long() + 2**31).tolist(), tensors.pop("counts").tolist()
+            counts = dict(zip(grams, counts, strict=True))
+            order = gates.WordOrder(read.pop("vocabulary"), counts, read.pop("words"), gates.Ramp(*read.pop("order")))
+            tensors["weight"], tensors["bias"], tensors["related"]  # a KeyError where one is missing
+            return cls(read.pop("types"), tensors, order, gates.Overlap(read.pop("idf"), read.pop("rarest")), read)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
             ) from None
 
 
-def fit_linear(questions: list[str], labels: list[str], types: list[str], l2: float = 2e-5):
-    """One logistic output per type over n-gram buckets, by L-BFGS from zero: weight (BUCKETS, T), bias (T,)."""
-    ids, starts = bags(questions)
-    used, ids = ids.unique(return_inverse=True)  # fit only the buckets that occur
-    scale = torch.rsqrt(torch.diff(starts, append=torch.tensor([len(ids)])).float()).unsqueeze(1)
-    target = torch.tensor([[float(label == t) for t in types] for label in labels])
-    w = torch.zeros(len(used), len(types), requires_grad=True)
-    b = torch.zeros(len(types), requires_grad=True)
-    optimiser = torch.optim.LBFGS([w, b], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
+def fluencies(logprobs: torch.Tensor) -> tuple[float, float, float]:
+    """Mean log-prob of a question's tokens (n,), of their lowest quarter, of their lowest two: how it reads, and where
+    it does not. The first token, which follows nothing, counts only in the mean."""
+    if len(logprobs) < 2:
+        return (-99.0,) * 3
+    low = logprobs[1:].sort().values
+    return tuple(x.mean().item() for x in (logprobs, low[: max(1, len(low) // 4)], low[:2]))
 
-    def loss():
-        optimiser.zero_grad()
-        logits = F.embedding_bag(ids, w, starts, mode="sum") * scale + b
-        value = F.binary_cross_entropy_with_logits(logits, target, reduction="sum") / len(labels)
-        value = value + l2 / 2 * w.square().sum()
-        value.backward()
-        return value
 
-    optimiser.step(loss)
-    weight = torch.zeros(BUCKETS, len(types))
-    weight[used] = w.detach()
-    return weight, b.detach()
+def place(context: str) -> int:
+    """Where a text stands in a fixed random order in which spacing and case play no part."""
+    return zlib.crc32(" ".join(context.casefold().split()).encode())
 
 
 def contradictions(rows) -> list[str]:
-    """One line for each (context, question) that carries two types."""
+    """One line for each question about one text that carries two types."""
     seen: dict[tuple[str, str], set[str]] = {}
     for r in rows:
         seen.setdefault((r.context, r.question), set()).add(r.type)
-    return [
-        f"two types for one question: {q!r} is {' and '.join(sorted(t))}" for (_, q), t in seen.items() if len(t) > 1
-    ]
+    return [f"{q!r} is labelled {' and '.join(sorted(t))} for one text" for (_, q), t in seen.items() if len(t) > 1]
 
 
-def fold_of(context: str, folds: int) -> int:
-    return zlib.crc32(context.strip().encode()) % folds
-
-
-def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None) -> Figures:
-    """Grade every row by a scorer that saw neither it nor its context."""
+def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None, kind=Scorer) -> Figures:
+    """Grade every row by a scorer that saw neither it nor its context: `.strengths` (N, T) in the order of the rows."""
     types = sorted({r.type for r in rows} - {"others"})
     strengths = torch.zeros(len(rows), len(types))
-    for fold in range(folds):
-        held = [i for i, r in enumerate(rows) if fold_of(r.context, folds) == fold]
-        scorer = Scorer.fit([r for r in rows if fold_of(r.context, folds) != fold], seed)
-        if not held:
-            continue
-        out = scorer.strengths([rows[i].context for i in held], [rows[i].question for i in held])
-        strengths[torch.tensor(held)[:, None], torch.tensor([types.index(t) for t in scorer.types])] = out
+    fold = [place(r.context) % folds for r in rows]
+    for k in sorted(set(fold)):
+        held = [i for i in range(len(rows)) if fold[i] == k]
+        scorer = kind.fit([r for r, f in zip(rows, fold, strict=True) if f != k], seed, **({"lm": lm} if lm else {}))
+        graded = scorer.strengths([rows[i].context for i in held], [rows[i].question for i in held])
+        strengths[torch.tensor(held)[:, None], torch.tensor([types.index(name) for name in scorer.types])] = graded
     return figures(types, strengths, [r.type for r in rows])
 
 
-def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> Figures:
-    """Accuracy, F1 per type and confusion over rows of a known type; ECE over all strengths, ten equal bins."""
-    known = torch.tensor([label in types for label in labels])
-    truth = torch.tensor([types.index(label) for label in labels if label in types])
-    guess = strengths[known].argmax(1)
-    confusion = torch.zeros(len(types), len(types), dtype=torch.long)
-    confusion.index_put_((truth, guess), torch.ones_like(truth), accumulate=True)
-    hit = confusion.diagonal().float()
-    f1 = 2 * hit / (confusion.sum(0) + confusion.sum(1)).clamp_min(1)
-    target = torch.tensor([[float(label == t) for t in types] for label in labels])
-    bins = (strengths * 10).long().clamp(max=9).flatten()
-    gap = torch.zeros(10).index_add_(0, bins, (strengths - target).flatten()).abs()
-    return Figures(
-        types, strengths, (hit.sum() / len(truth)).item(), f1.mean().item(),
-        dict(zip(types, f1.tolist(), strict=True)), (gap.sum() / target.numel()).item(), confusion,
-    )  # fmt: skip
+def open_language_model(name: str, device: str = "auto", dtype: str = "auto"):
+    """The frozen model of that name as a LanguageModel; None for "none"."""
+    if name == "none":
+        return None
+    from socratiq.language_model import LanguageModel
+    from socratiq.model import load_policy, load_tokenizer
+
+    return LanguageModel(load_policy(name, device, dtype, trainable=False), load_tokenizer(name), name)
 
 
-def batch_diversity(questions: list[str]) -> dict[str, float]:
-    """Shares of questions in a batch that repeat an opener (first three words) or nearly repeat another question."""
-    repeats, near = repeated(questions)
-    n = max(1, len(questions))
-    return {"diversity/repeated_openers": sum(repeats) / n, "diversity/near_duplicates": sum(near) / n}
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m socratiq.scorer", description="Fit the scorer, and say how good it is."
+    )
+    parser.add_argument("--data", default="sample", help="rows of context, question and type (default: %(default)s)")
+    parser.add_argument("--out", default="runs/scorer", help="folder of the scorer (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="none", help="language model for the second layer, such as smollm2 (default: none)"
+    )
+    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation by text (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    args = parser.parse_args()
 
+    from socratiq.data import load_rows
 
-def repeated(questions: list[str]) -> tuple[list[bool], list[bool]]:
-    """For each question: does another one share its first three words; two thirds of its words?"""
-    said = [gates.words(q) for q in questions]
-    openers = [tuple(w[:3]) for w in said]
-    sets = [set(w) for w in said]
-    near = [any(i != j and len(a & b) >= 2 / 3 * len(a | b) for j, b in enumerate(sets)) for i, a in enumerate(sets)]
-    return [openers.count(o) > 1 for o in openers], near
-
-
-def main(argv: list[str] | None = None) -> int:
-    raise SystemExit("command line: to come")
+    rows = load_rows(args.data)
+    lm = open_language_model(args.model, args.device, args.dtype)
+    scorer = Scorer.fit(rows, lm=lm)
+    for warning in scorer.warnings:
+        print(f"warning: {warning}")
+    print(cross_validate(rows, args.folds, lm=lm))
+    scorer.save(args.out)
+    print(f"\nscorer of {len(rows)} rows, fitted on all of them, in {args.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

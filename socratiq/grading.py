@@ -1,0 +1,67 @@
+"""Figures of a classifier of question types: accuracy, F1, calibration, confusion, and what a threshold is worth."""
+
+from typing import NamedTuple
+
+import torch
+
+CHOSEN = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds shown for --chosen-min
+REJECTED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # and for --rejected-max
+
+
+class Figures(NamedTuple):
+    """`strengths` (N, T) are those that were graded; the rest says how they compare with the labels."""
+
+    types: list[str]
+    strengths: torch.Tensor
+    accuracy: float  # strongest type = labelled type, over rows of a known type
+    macro_f1: float
+    f1: dict[str, float]
+    ece: float  # mean gap between strength and share of positives, ten equal bins, over all N T strengths
+    confusion: torch.Tensor  # (T, T): row labelled type, column strongest type
+    chosen: list[tuple[float, float, float]]  # (at least, precision, share of questions kept)
+    rejected: list[tuple[float, float, float]]  # (at most, precision of "not of this type", share of own-type let in)
+
+    def __str__(self) -> str:
+        wide = max(map(len, self.types))
+        short = [name[:9] for name in self.types]
+        lines = [f"accuracy {self.accuracy:.3f}   macro-F1 {self.macro_f1:.3f}   calibration error {self.ece:.3f}", ""]
+        lines.append(f"{'labelled, by strongest':<{wide}}     F1  " + "".join(f"{name:>10}" for name in short))
+        for name, row in zip(self.types, self.confusion.tolist(), strict=True):
+            lines.append(f"{name:<{wide}}  {self.f1[name]:.3f}  " + "".join(f"{count:>10}" for count in row))
+        lines += ["", "--chosen-min    right   kept"]
+        lines += [f"{at:>12.2f} {precision:>8.1%} {kept:>6.1%}" for at, precision, kept in self.chosen]
+        lines += ["", "--rejected-max  right   own type let in"]
+        lines += [f"{at:>14.2f} {precision:>6.1%} {kept:>8.1%}" for at, precision, kept in self.rejected]
+        return "\n".join(lines)
+
+
+def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> Figures:
+    """Compare strengths (N, T) with the labels of the N rows; a label that is no type makes a row all negative."""
+    known = torch.tensor([label in types for label in labels])
+    truth = torch.tensor([types.index(label) for label in labels if label in types], dtype=torch.long)
+    guess = strengths[known].argmax(1)
+    confusion = torch.zeros(len(types), len(types), dtype=torch.long)
+    confusion.index_put_((truth, guess), torch.ones_like(truth), accumulate=True)
+    hit, total = confusion.diagonal().float(), confusion.sum(0) + confusion.sum(1)
+    f1 = 2 * hit / total.clamp(min=1)
+
+    target = torch.tensor([[float(label == name) for name in types] for label in labels])
+    bins = (strengths * 10).long().clamp(0, 9).flatten()
+    gap = torch.zeros(10).index_add_(0, bins, (strengths - target).flatten()).abs()
+
+    right, top = guess == truth, strengths[known].amax(1)
+
+    def share(of: torch.Tensor) -> float:
+        return of.float().mean().item() if len(of) else float("nan")
+
+    return Figures(
+        types=types,
+        strengths=strengths,
+        accuracy=share(right),
+        macro_f1=f1.mean().item(),
+        f1=dict(zip(types, f1.tolist(), strict=True)),
+        ece=gap.sum().item() / max(1, target.numel()),
+        confusion=confusion,
+        chosen=[(at, share(right[top >= at]), share(top >= at)) for at in CHOSEN],
+        rejected=[(at, share(target[strengths <= at] == 0), share(strengths[target == 1] <= at)) for at in REJECTED],
+    )
