@@ -135,11 +135,12 @@ def plot(name: str, label: str, points: dict[int, dict], out: Path) -> None:
         values = [points[size][field] for size in sizes]
         axis.plot(sizes, values, "o-", label="measured")
         axis.plot(sizes, [values[0] * size / sizes[0] for size in sizes], ":", color="grey", label="proportional")
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+        axis.set(xscale="log", yscale="log", ylabel=unit)
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend(frameon=False)
+    figure.supxlabel(label, fontsize="medium")
     figure.savefig(out / f"{name}.png")
     plt.close(figure)
 
