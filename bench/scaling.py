@@ -131,7 +131,7 @@ def plot(name: str, label: str, points: dict[int, dict], out: Path) -> None:
 
     sizes = list(points)
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.8), dpi=80, layout="constrained")
-    for axis, field, unit in zip(axes, ("seconds", "mb"), ("seconds", "MB at the peak"), strict=True):
+    for axis, field, unit in zip(axes, ("cpu_seconds", "mb"), ("processor seconds", "MB at the peak"), strict=True):
         values = [points[size][field] for size in sizes]
         axis.plot(sizes, values, "o-", label="measured")
         axis.plot(sizes, [values[0] * size / sizes[0] for size in sizes], ":", color="grey", label="proportional")
