@@ -84,10 +84,10 @@ def parse_arguments(argv: list[str] | None = None):
     asking.add_argument(
         "--samples-per-prompt", type=cli.count, default=1, metavar="K", help="questions a text and type"
     )
-    asking.add_argument("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
+    asking.add_argument("--max-new-tokens", type=cli.count, default=48, metavar="TOKENS", help="longest question")
     asking.add_argument("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="tail of texts cut")
     asking.add_argument("--temperature", type=cli.positive, default=1.0, help="1 is what the stages were trained for")
-    asking.add_argument("--batch-size", type=cli.count, default=32, metavar="PROMPTS", help="prompts at the same time")
+    asking.add_argument("--batch-size", type=cli.count, default=96, metavar="PROMPTS", help="prompts at the same time")
     asking.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     asking.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what is fast")
     grading = parser.add_argument_group("grades by an OpenAI-compatible server (key in OPENAI_API_KEY)")

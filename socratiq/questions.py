@@ -22,6 +22,8 @@ from socratiq.sampling import sample
 from socratiq.taxonomy import TYPES, display_name
 from socratiq.training import derive_seed
 
+READ_AT_ONCE = 16  # tasks: more would take memory and no less time
+
 
 class Task(NamedTuple):
     """Ask one type of question about one text."""
@@ -83,6 +85,7 @@ class Model:
         order of tasks and answers.
         """
         found: dict[str, list[torch.Tensor]] = {name: [] for name in answers}
+        batch_size = min(batch_size, READ_AT_ONCE)
         for start in bar(range(0, len(tasks), batch_size), desc=desc):
             some = range(start, min(start + batch_size, len(tasks)))
             rows = [[answer.ids for rows in answers.values() for answer in rows[t]] for t in some]
