@@ -40,12 +40,11 @@ class Ramp(NamedTuple):
         return min(1.0, max(0.0, (x - self.low) / (self.high - self.low)))
 
     @classmethod
-    def below(cls, genuine: list[float]) -> "Ramp":
-        """A ramp under which nine of ten genuine values pay nothing: 1 from their first decile on, and 0 as far below
-        it as the median lies above it (a unit at least, where there are too few values to tell)."""
+    def below(cls, genuine: list[float], share: float) -> "Ramp":
+        """1 for all but the lowest `share` of genuine values, and 0 from as far below as their median lies above."""
         ordered = sorted(genuine) or [0.0]
-        decile, median = ordered[len(ordered) // 10], ordered[len(ordered) // 2]
-        return cls(decile - max(median - decile, 0.25), decile)
+        lowest, median = ordered[int(share * len(ordered))], ordered[len(ordered) // 2]
+        return cls(lowest - max(median - lowest, 0.25), lowest)  # at least a quarter nat wide, if there are few values
 
 
 STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
@@ -102,7 +101,7 @@ class WordOrder:
         for text in texts:
             order.counts.update(order.grams(text))
             order.total += len(tokens(text)) + 1  # the end counts as a word
-        order.ramp = Ramp.below([order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1])
+        order.ramp = Ramp.below([order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1], 0.05)
         return order
 
     def shape(self, token: str) -> str:

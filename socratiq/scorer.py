@@ -29,7 +29,7 @@ from socratiq.logistic import bags, fit_ngrams, fit_probe, minimise
 
 GATES = ("form", "originality", "order", "relatedness", "fluency")
 L2_RELATED = 1e-3
-DOUBT = (1.5, 1.5)  # relatedness is sigmoid(1.5 log-odds + 1.5): sharper, and in doubt for the question
+DOUBT = (1.2, 1.5)  # relatedness is sigmoid(1.2 log-odds + 1.5): sharper, and in doubt for the question
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
@@ -66,7 +66,7 @@ class Scorer:
             scorer.lm = lm
             alone = lm.read_alone(questions)
             tensors |= fit_probe(torch.stack([a.features for a in alone]), target)
-            ramps = [gates.Ramp.below(x) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
+            ramps = [gates.Ramp.below(x, 0.1) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
             scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": ramps}
         scorer.fit_relatedness(rows if lm is None else sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS])
         return scorer
