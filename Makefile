@@ -34,7 +34,7 @@ lint: install
 soak: install
 	$(BIN)/python tests/soak.py
 
-# ours beside TRL, which lives in an environment of its own: bench/README.md
+# ours beside TRL, which lives in an environment of its own: bench/RESULTS.md
 bench: install
 	$(BIN)/python bench/compare.py sft
 

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from socratiq.errors import UserError
-from socratiq.scorer import Scorer
+from socratiq.scorer import Scorer, open_language_model
 
 
 class Reward:
@@ -35,12 +35,8 @@ def load_reward(name: str | None, scorer_folder: str, policy, tokenizer) -> Rewa
     """The scorer's reward, or `module:function` found from the folder one is in. Raises UserError if there is none."""
     scorer = Scorer.load(scorer_folder)
     if name is None:
-
-        def by_scorer(contexts, questions, types):
-            parts = scorer.components(contexts, questions, types)
-            return torch.stack(list(parts.values())).prod(0), parts
-
-        return Reward(by_scorer, scorer.types)
+        scorer.with_language_model(open_language_model(scorer.settings.get("model", "none")))
+        return Reward(scorer.graded, scorer.types)
     module_name, colon, function_name = name.partition(":")
     if not colon:
         raise UserError(f"--reward {name}: expected MODULE:FUNCTION, such as my_reward:reward")
