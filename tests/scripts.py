@@ -7,7 +7,7 @@
 
 A script is a real process, killed by real signals; it only saves the seconds that importing torch takes. To be killed
 at one exact point it can count its own disk operations (a line appended, a file written, synced, renamed, cut or
-removed) and kill itself at number `at`: "before" or "after" it, or when it is "half" done.
+removed) and kill itself "before" or "after" one of them, or when one "line" or "file" is half written.
 """
 
 import contextlib
@@ -82,6 +82,12 @@ class Job:
     def ended(self) -> bool:
         """Whether the script has ended; it stays a zombie until `wait`."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def told(said: str) -> dict[str, int]:
+    """What a run with `at` -1 counted, by the kill (`how`) that it is for."""
+    operations, lines, files = map(int, said.splitlines()[-1].split())
+    return {"before": operations, "after": operations, "line": lines, "file": files}
 
 
 # --- the other side -------------------------------------------------------------------------------------------------
@@ -159,52 +165,56 @@ def child(request: dict) -> None:
 
 
 def count_operations(at: int, how: str) -> None:
-    """Kill this process at disk operation number `at`, counted from 0. With `at` -1 tell how many there were."""
+    """Kill this process "before" or "after" disk operation number `at`, or within "line" or "file" number `at`.
+
+    All are counted from 0. With `at` -1 there is no kill, and what there was of each is told in the end.
+    """
     import safetensors.torch
 
     import socratiq.run
 
-    done = -1
+    done = {"operations": 0, "line": 0, "file": 0}
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(operation, half=None):
+    def counted(operation, kind=None, half=None):
         def wrapper(*args, **options):
-            nonlocal done
-            done += 1
-            if done == at and how == "before":
+            if how == "before" and done["operations"] == at:
                 die()
-            if done == at and how == "half" and half:
+            if kind == how and done[kind] == at:
                 half(*args, **options)
                 die()
             result = operation(*args, **options)
-            if done == at:
+            if how == "after" and done["operations"] == at:
                 die()
+            done["operations"] += 1
+            if kind:
+                done[kind] += 1
             return result
 
         return wrapper
+
+    append, save = socratiq.run.append_jsonl, safetensors.torch.save_file
 
     def half_a_line(path, value, **options):
         line = json.dumps(value).encode()
         with open(path, "ab") as file:
             file.write(line[: len(line) // 2])
 
-    save = safetensors.torch.save_file
-
     def half_a_file(tensors, path, *rest, **options):
         save(tensors, path, *rest, **options)
         os.truncate(path, os.stat(path).st_size // 2)
 
-    socratiq.run.append_jsonl = counted(socratiq.run.append_jsonl, half_a_line)
-    safetensors.torch.save_file = counted(save, half_a_file)
+    socratiq.run.append_jsonl = counted(append, "line", half_a_line)
+    safetensors.torch.save_file = counted(save, "file", half_a_file)
     for name in ("replace", "fsync", "truncate", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))
     if at == -1:
         leave = os._exit
 
         def tell(status):
-            os.write(1, f"\n{done + 1} disk operations\n".encode())
+            os.write(1, ("\n" + " ".join(map(str, done.values()))).encode())
             leave(status)
 
         os._exit = tell

@@ -22,22 +22,21 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import make_inputs
 from fault_server import QUESTIONS, FaultServer, good_question
-from scripts import Scripts
+from scripts import Scripts, told
 from test_resume import CASES, WHILE_AT_WORK, command, contents
 
 from socratiq.pairs import digest
 
-HOWS = ("before", "half", "after", "time")
+HOWS = ("before", "after", "line", "file", "time")
 
 
-def kill_until_done(start, kills: int, chance, operations: int, seconds: float, tally) -> None:
+def kill_until_done(start, kills: int, chance, counts: dict, seconds: float, tally) -> None:
     """Up to `kills` kills of one run, then its end. start(at, how) starts it or continues it."""
     while True:
-        how = chance.choice(HOWS) if kills > 0 else None
-        place = int(
-            operations * chance.random() ** 2
-        )  # what is left of a run has fewer operations: rather an early one
-        job = start(at=None if how in (None, "time") else place, how=how or "before")
+        how = chance.choice([how for how in HOWS if counts.get(how, 1)]) if kills > 0 else None
+        # Rather an early operation: what is left of a run has fewer of them.
+        at = int(counts[how] * chance.random() ** 2) if how in counts else None
+        job = start(at=at, how=how or "before")
         if how == "time":
             time.sleep(chance.random() * seconds)
             job.kill(signal.SIGKILL)
@@ -59,14 +58,14 @@ def soak_training(case: str, kills: int, scripts, inputs: Path, folder: Path, ta
     status, said, complained = scripts.run(command(case, inputs), cwd=folder / "whole", at=-1)
     seconds = time.monotonic() - started
     assert status == 0, complained
-    wanted, operations = contents(folder / "whole" / "out"), int(said.split()[-3])
+    wanted, counts = contents(folder / "whole" / "out"), told(said)
 
     before, runs = tally.total(), 0
     while tally.total() - before < kills:
         place = folder / str(runs)
         place.mkdir()
         start = partial(scripts.start, command(case, inputs), cwd=place)
-        kill_until_done(start, min(6, kills), chance, operations, seconds, tally)
+        kill_until_done(start, min(6, kills), chance, counts, seconds, tally)
         assert contents(place / "out") == wanted, f"{case}: other bytes in {place}"
         left = {path.name for path in (place / "out").iterdir()}
         assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left), left
@@ -109,7 +108,7 @@ def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, i
         status, said, complained = start(server, out, 1, at=-1).wait()
         seconds = time.monotonic() - started
         assert status == 0, complained
-        wanted, operations, answers = outputs(out), int(said.split()[-3]), len(server.requests)
+        wanted, counts, answers = outputs(out), told(said), len(server.requests)
         assert wanted[0].count(b"\n") > 20 and answers > wanted[0].count(b"\n"), said
 
     def killed_run(out: Path) -> int:
@@ -128,7 +127,7 @@ def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, i
                 on_disk = {json.loads(line)["prompt"] for line in whole}
                 return start(server, out, 3, **how)
 
-            kill_until_done(check_and_start, min(6, kills), chance, operations, seconds, tally)
+            kill_until_done(check_and_start, min(6, kills), chance, counts, seconds, tally)
             assert not on_disk & set(asked()), "an answer that was on the disk was asked for again"
             assert outputs(out) == wanted, "other pairs"
             seen = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from scripts import told
 from test_resume import command, contents
 
 
@@ -174,7 +175,7 @@ def test_skipped_updates(case, poisoned, scripts, inputs, tmp_path):
 
     wanted = contents(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    operations = int(said.split()[-3])
+    operations = told(said)["after"]
     for at in (operations // 3, operations // 3, None):
         status, _, _ = scripts.run(arguments, cwd=tmp_path, at=at)
         assert status == (0 if at is None else -signal.SIGKILL)
