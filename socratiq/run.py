@@ -41,6 +41,7 @@ INPUTS = {
     "data": tuple(f"**/*{suffix}" for suffix in SUFFIXES),
     "pairs": (),
     "scorer": ("scorer.*",),
+    "reward": (),
 }
 BUILT_IN = {"smollm2", "tiny", "socratiq"}  # no folders, even where a folder has that name
 
@@ -63,7 +64,8 @@ class Run:
     def __init__(self, args, stage: str):
         self.out, self.stage, self.restart = Path(args.out), stage, args.restart
         self.known, self.checkpoint = self.out / "train_args.json", self.out / "checkpoint.safetensors"
-        contents = {name: fingerprint(name, getattr(args, name)) for name in INPUTS if hasattr(args, name)}
+        given = {name: value for name, value in vars(args).items() if name in INPUTS and value is not None}
+        contents = {name: fingerprint(name, value) for name, value in given.items()}
         self.arguments = {"stage": stage, **vars(args), "contents": contents}
         self.stopping = 0  # the signal that asked us to stop
         self.in_step = False
@@ -305,6 +307,8 @@ def fingerprint(argument: str, name: str) -> str | None:
 
     None if it holds nothing here: a Hub id, an address or a built-in name stands for its content by itself.
     """
+    if argument == "reward":  # MODULE:FUNCTION
+        name = name.partition(":")[0].replace(".", "/") + ".py"
     path = SAMPLE if (argument, name) == ("data", "sample") else Path(name)
     files = [path] if path.is_file() else []
     if path.is_dir() and name not in BUILT_IN:

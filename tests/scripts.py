@@ -73,7 +73,7 @@ class Job:
         os.unlink(self.err)
         return status, said, complained
 
-    def until(self, condition, seconds=60) -> None:
+    def until(self, condition, seconds=120) -> None:
         """Wait until the condition holds or the script has ended."""
         end = time.monotonic() + seconds
         while not condition() and not self.ended() and time.monotonic() < end:

@@ -165,6 +165,16 @@ def test_fingerprints(tmp_path):
     assert fingerprint("data", str(tmp_path / "missing.csv")) is None
 
 
+def test_a_reward_is_known_by_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): ...")
+    first = fingerprint("reward", "mine.rewards:wordy")
+    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): return 1")
+    assert first and fingerprint("reward", "mine.rewards:wordy") not in (first, None)
+    assert fingerprint("reward", "installed_package:reward") is None
+
+
 def test_of_large_weights_samples_are_read_up_to_the_end(tmp_path, monkeypatch):
     from socratiq import run
 
