@@ -278,7 +278,14 @@ def learnt(run: Run) -> str:
     return f"{title} {first:{style}} → {last:{style}}" + so_far
 
 
-def result(evaluation: dict) -> str:
+def outdated(folder: Path, runs: list[Run]) -> list[str]:
+    """Names of the runs that were finished after evaluation.json was written."""
+    written = (folder / "evaluation.json").stat().st_mtime
+    ends = [(run.name, folder / run.name / "summary.json") for run in runs if run.finished]
+    return [name for name, end in ends if end.exists() and end.stat().st_mtime > written]
+
+
+def result(evaluation: dict, remarks: list[str]) -> str:
     """Accuracy of each stage with its interval, beside the table of all figures."""
     measured, _ = chief(evaluation)
     stages = evaluation["stages"]
@@ -308,12 +315,13 @@ def result(evaluation: dict) -> str:
         "Difference between two stages on the same texts, with its own interval: sharper than comparing the intervals "
         "of the two, since what makes a text easy or hard falls out.",
     )
-    left_out = "".join(f"<p class='intro'>Left out: {e(reason)}</p>" for reason in evaluation.get("left_out", []))
+    remarks = [f"Left out: {reason}." for reason in evaluation.get("left_out", [])] + remarks
+    noted = "".join(f'<p class="intro">{e(remark)}</p>' for remark in remarks)
     return (
         '<section id="result"><h2>The result</h2><p class="intro">Every model is asked every type of question about '
         "texts that no stage has seen, with the same prompt and the same random numbers. What counts is the judge, "
         "against which no stage was trained; the scorer is what DPO and PPO were trained to please. If only the scorer "
-        f"is impressed, it was gamed.</p>{left_out}"
+        f"is impressed, it was gamed.</p>{noted}"
         f'<div class="two">{figure("Right type", drawing, caption)}{steps if rows else ""}</div>'
         f"{figures_table(evaluation)}</section>"
     )
@@ -543,7 +551,13 @@ def build(folder: Path, refresh: float | None = None) -> str:
     sections = [road(evaluation, runs, pairs)]
     links = []
     if evaluation:
-        sections += [result(evaluation), by_type(evaluation), distributions(evaluation), side_by_side(evaluation)]
+        remarks = [f"Older than the model in {name}: evaluate again." for name in outdated(folder, runs)]
+        sections += [
+            result(evaluation, remarks),
+            by_type(evaluation),
+            distributions(evaluation),
+            side_by_side(evaluation),
+        ]
         links += [("result", "Result"), ("types", "By type"), ("scores", "Scores"), ("questions", "Side by side")]
     for number, run in enumerate(runs):
         if run.stage != "sft" and pairs and ("pairs", "Pairs") not in links:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -177,6 +178,13 @@ def test_evaluation_alone_and_training_alone(runs, tmp_path):
     without_judge["classifiers"] = ["scorer"]
     (alone / "evaluation.json").write_text(json.dumps(without_judge))
     Page(report.build(alone))
+
+
+def test_figures_older_than_a_model_are_marked(runs):
+    (runs / "dpo" / "summary.json").write_text("{}")
+    os.utime(runs / "evaluation.json", (1, 1))
+    page = report.build(runs)
+    assert "Older than the model in dpo: evaluate again." in page and "Older than the model in sft" not in page
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
