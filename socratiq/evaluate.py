@@ -170,22 +170,25 @@ def choose_tasks(rows, held_out_rows, limit: int, seed: int) -> list:
 
 
 def load_classifiers(args, train_rows, types: list[str]) -> dict:
-    """{"judge": Judge, "scorer": Scorer}, each fitted on the training rows if its folder is not there."""
+    """{"judge": Judge, "scorer": Scorer}, each fitted on training texts, the judge on its share, if it is not there."""
+    from socratiq.judge import Judge, judge_split
+    from socratiq.scorer import Scorer
+
+    judge_rows = judge_split(train_rows)[0]
+    if not set(types) <= {row.type for row in judge_rows}:  # too few texts to set some aside
+        judge_rows = train_rows
     found = {}
-    for name in ("judge", "scorer"):
+    for name, kind, rows in (("judge", Judge, judge_rows), ("scorer", Scorer, train_rows)):
         folder = getattr(args, name)
         if name == "judge" and folder == "none":
             continue
-        if name == "judge":
-            from socratiq.judge import Judge as kind
-        else:
-            from socratiq.scorer import Scorer as kind
         if Path(folder).exists():
             found[name] = kind.load(folder)
         else:
-            found[name] = kind.fit(train_rows, seed=args.seed)
+            found[name] = kind.fit(rows)
             found[name].save(folder)
-            print(f"{name}: fitted on the texts that are not held out, now in {folder}")
+            texts = len({row.context for row in rows})
+            print(f"{name}: fitted on {texts} texts that are not held out, now in {folder}")
         unknown = [type for type in types if type not in found[name].types]
         if unknown:
             raise UserError(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import types
 
 import pytest
@@ -304,36 +303,12 @@ def test_a_wrong_model_and_a_missing_key_are_said(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
-class FakeJudge:
-    """Stands in for the second judge; fitted and saved like it."""
-
-    types = ("Analogy", "Clarity")
-    strengths = Sees.strengths
-
-    @classmethod
-    def fit(cls, rows, seed=0):
-        cls.fitted_on = {row.context for row in rows}
-        return cls()
-
-    def save(self, folder):
-        folder = evaluate.Path(folder)
-        folder.mkdir()
-        (folder / "judge.json").write_text("{}")
-
-    @classmethod
-    def load(cls, folder):
-        return cls()
-
-
 @pytest.fixture
 def place(tmp_path, inputs, monkeypatch):
     """A folder with rows.jsonl and the tiny model as runs/sft and runs/dpo; there is no runs/ppo."""
     from socratiq.model import resolve
 
     monkeypatch.chdir(tmp_path)
-    judge = types.ModuleType("socratiq.judge")
-    judge.Judge = FakeJudge
-    monkeypatch.setitem(sys.modules, "socratiq.judge", judge)
     tiny = resolve("tiny")
     (tmp_path / "rows.jsonl").write_bytes((inputs / "rows.jsonl").read_bytes())
     runs = tmp_path / "runs"
@@ -350,7 +325,14 @@ def place(tmp_path, inputs, monkeypatch):
 SMALL = ["--limit", "3", "--max-new-tokens", "6", "--bootstrap", "50", "--dtype", "float32"]
 
 
-def test_evaluate_from_end_to_end(place, capsys):
+def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
+    from socratiq.judge import Judge
+    from socratiq.scorer import Scorer
+
+    fitted_on, fits = {}, {kind: kind.fit for kind in (Judge, Scorer)}
+    for kind in fits:
+        note = lambda rows, kind=kind: fitted_on.update({kind: {row.context for row in rows}}) or fits[kind](rows)  # noqa: E731
+        monkeypatch.setattr(kind, "fit", note)
     evaluate.run(SMALL)
     said = capsys.readouterr().out
     assert "left out: ppo: runs/ppo is not there" in said
@@ -360,7 +342,8 @@ def test_evaluate_from_end_to_end(place, capsys):
     assert list(found["stages"]) == ["human", "base", "sft", "dpo"]
     assert found["settings"]["held_out"] == 0.4  # as in SFT
     assert list(found["steps"]) == ["base -> sft", "sft -> dpo"]
-    assert not FakeJudge.fitted_on & set(found["contexts"])
+    assert not (fitted_on[Judge] | fitted_on[Scorer]) & set(found["contexts"])
+    assert fitted_on[Judge] < fitted_on[Scorer]
     of = found["stages"]["dpo"]
     assert len(of["questions"]) == 3 * 2
     for name, figure in of["figures"].items():
@@ -398,7 +381,7 @@ def test_a_split_that_sft_did_not_have_is_warned_of(place, capsys):
     assert "may have seen these texts" in capsys.readouterr().err
 
 
-def test_what_cannot_be_evaluated_is_said(place, monkeypatch):
+def test_what_cannot_be_evaluated_is_said(place):
     with pytest.raises(UserError, match="no text is held out"):
         evaluate.run([*SMALL, "--held-out", "0"])
     with pytest.raises(UserError, match="--dpo runs/other"):
@@ -408,9 +391,8 @@ def test_what_cannot_be_evaluated_is_said(place, monkeypatch):
     row = {"context": "Some other text.", "question": "Is it so?", "type": "Fear appeal"}
     other = place / "other.jsonl"
     other.write_text((place / "rows.jsonl").read_text() + json.dumps(row) + "\n")
-    monkeypatch.setattr(FakeJudge, "types", ("Analogy", "Clarity", "Fear appeal"))
     evaluate.run([*SMALL, "--base", "none", "--dpo", "none"])  # fits runs/scorer
-    with pytest.raises(UserError, match="does not know the type 'Fear appeal'"):
+    with pytest.raises(UserError, match="--judge runs/judge does not know the type 'Fear appeal'"):
         evaluate.run([*SMALL, "--data", "other.jsonl"])
 
 
