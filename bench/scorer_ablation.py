@@ -16,12 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from socratiq import attacks
 from socratiq.data import load_rows
+from socratiq.grading import auc
 from socratiq.scorer import GATES, Scorer, open_language_model, place
-
-
-def auc(high: torch.Tensor, low: torch.Tensor) -> float:
-    """Probability that a number of `high` is above one of `low`, ties counting half."""
-    return ((high[:, None] > low).float().mean() + 0.5 * (high[:, None] == low).float().mean()).item()
 
 
 def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:

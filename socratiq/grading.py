@@ -16,6 +16,7 @@ class Figures(NamedTuple):
     accuracy: float  # strongest type = labelled type, over rows of a known type
     macro_f1: float
     f1: dict[str, float]
+    auc: dict[str, float]  # P(a question of the type is given a higher strength for it than one of another type)
     ece: float  # mean gap between strength and share of positives, ten equal bins, over all N T strengths
     confusion: torch.Tensor  # (T, T): row labelled type, column strongest type
     chosen: list[tuple[float, float, float]]  # (at least, precision, share of questions kept)
@@ -25,9 +26,12 @@ class Figures(NamedTuple):
         wide = max(map(len, self.types))
         short = [name[:9] for name in self.types]
         lines = [f"accuracy {self.accuracy:.3f}   macro-F1 {self.macro_f1:.3f}   calibration error {self.ece:.3f}", ""]
-        lines.append(f"{'labelled, by strongest':<{wide}}     F1  " + "".join(f"{name:>10}" for name in short))
+        lines.append(f"{'labelled, by strongest':<{wide}}     F1    AUC  " + "".join(f"{name:>10}" for name in short))
         for name, row in zip(self.types, self.confusion.tolist(), strict=True):
-            lines.append(f"{name:<{wide}}  {self.f1[name]:.3f}  " + "".join(f"{count:>10}" for count in row))
+            lines.append(
+                f"{name:<{wide}}  {self.f1[name]:.3f}  {self.auc[name]:.3f}  "
+                + "".join(f"{count:>10}" for count in row)
+            )
         lines += ["", "--chosen-min    right   kept"]
         lines += [f"{at:>12.2f} {precision:>8.1%} {kept:>6.1%}" for at, precision, kept in self.chosen]
         lines += ["", "--rejected-max  right   own type let in"]
@@ -60,8 +64,20 @@ def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> Fig
         accuracy=share(right),
         macro_f1=f1.mean().item(),
         f1=dict(zip(types, f1.tolist(), strict=True)),
+        auc={name: auc(x[y == 1], x[y == 0]) for name, x, y in zip(types, strengths.T, target.T, strict=True)},
         ece=gap.sum().item() / max(1, target.numel()),
         confusion=confusion,
         chosen=[(at, share(right[top >= at]), share(top >= at)) for at in CHOSEN],
         rejected=[(at, share(target[strengths <= at] == 0), share(strengths[target == 1] <= at)) for at in REJECTED],
     )
+
+
+def auc(high: torch.Tensor, low: torch.Tensor) -> float:
+    """Probability that a number of `high` (N,) is above one of `low` (M,), ties counting half; nan if one is empty."""
+    both, group = torch.cat([high, low]).unique(return_inverse=True)
+    ones = torch.ones(len(group))
+    n_high, n_low = torch.zeros(len(both)), torch.zeros(len(both))
+    n_high.index_add_(0, group[: len(high)], ones[: len(high)])
+    n_low.index_add_(0, group[len(high) :], ones[len(high) :])
+    below = n_low.cumsum(0) - n_low / 2
+    return ((n_high * below).sum() / (len(high) * len(low))).item() if len(high) and len(low) else float("nan")

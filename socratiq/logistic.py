@@ -49,28 +49,58 @@ def minimise(logits, parameters: list[torch.Tensor], target: torch.Tensor, l2: f
         parameter.requires_grad_(False)
 
 
-def fit_ngrams(questions: list[str], target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{"weight" (BUCKETS, T), "bias" (T,)}. Grams that lean to a type may weigh more than those that all share."""
+def fit_ngrams(questions: list[str], target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (BUCKETS, T) and bias (T,). Grams that lean to a type may weigh more than those that all share."""
     ids, starts = bags(questions)
     used, ids = ids.unique(return_inverse=True)  # fit only the U buckets that occur
     row = torch.bucketize(torch.arange(len(ids)), starts, right=True) - 1
-    count = torch.zeros(len(used)).index_add_(0, ids, torch.ones(len(ids)))
     by_type = torch.zeros(len(used), target.shape[1]).index_add_(0, ids, target[row])
     # Each gram's weight is w * telling: the root of its types' KL divergence from their shares in all rows.
     share, base = (by_type + 0.5) / (by_type + 0.5).sum(1, keepdim=True), (target.sum(0) + 0.5) / (target + 0.5).sum()
-    telling = (share * (share / base).log()).sum(1).clamp(min=0.02).sqrt() * (count > 0)  # (U,)
+    telling = (share * (share / base).log()).sum(1, keepdim=True).clamp(min=0.02).sqrt()  # (U, 1)
     w, b = torch.zeros(len(used), target.shape[1]), torch.zeros(target.shape[1])
-    minimise(lambda: F.embedding_bag(ids, w * telling[:, None], starts, mode="sum") + b, [w, b], target, L2_NGRAMS)
-    weight = torch.zeros(BUCKETS, target.shape[1])
-    weight[used] = w * telling[:, None]
-    return {"weight": weight, "bias": b}
+    minimise(lambda: F.embedding_bag(ids, w * telling, starts, mode="sum") + b, [w, b], target, L2_NGRAMS)
+    return torch.zeros(BUCKETS, target.shape[1]).index_copy_(0, used, w * telling), b
 
 
-def fit_probe(features: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{"probe" (D, T), "probe_bias" (T,)}: a linear layer over hidden states (N, D), which are standardised first."""
+def ngram_logits(questions: list[str], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(N, T) from weight (BUCKETS, T) and bias (T,)."""
+    ids, starts = bags(questions)
+    return F.embedding_bag(ids, weight, starts, mode="sum") + bias
+
+
+def probe_logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """(N, T) from features (N, D), weight (D, T) and bias (T,)."""
+    return features @ weight + bias
+
+
+def fit_probe(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (D, T) and bias (T,) of a linear layer over hidden states (N, D), standardised while it is fitted."""
     mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-6) * features.shape[1] ** 0.5
     x = (features - mean) / scale
     w, b = torch.zeros(x.shape[1], target.shape[1]), torch.zeros(target.shape[1])
     minimise(lambda: x @ w + b, [w, b], target, L2_PROBE)
     w = w / scale[:, None]
-    return {"probe": w, "probe_bias": b - mean @ w}
+    return w, b - mean @ w
+
+
+def calibrated(fit, logits, inputs, target: torch.Tensor, part: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of fit(inputs, target), scaled so that sigmoids of the logits are right about unseen rows.
+
+    Few rows give cautious weights, many give bold ones. So each part of the rows (numbered by `part`) is graded by a
+    fit to the others, and one slope and one offset for all types are learnt from those logits.
+    """
+    weight, bias = fit(inputs, target)
+    unseen, slope, offset = torch.zeros_like(target), torch.zeros(1), torch.zeros(1)
+    for k in sorted(set(part)) if len(set(part)) > 1 else ():
+        held = [i for i, p in enumerate(part) if p == k]
+        rest = [i for i, p in enumerate(part) if p != k]
+        unseen[held] = logits(pick(inputs, held), *fit(pick(inputs, rest), target[rest]))
+    if len(set(part)) > 1:
+        minimise(lambda: unseen * (1 + slope) + offset, [slope, offset], target, 1e-3)
+    return weight * (1 + slope), bias * (1 + slope) + offset
+
+
+def pick(inputs, indices: list[int]):
+    """Rows of a list or of a tensor."""
+    return inputs[indices] if isinstance(inputs, torch.Tensor) else [inputs[i] for i in indices]

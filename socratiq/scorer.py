@@ -18,16 +18,17 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from socratiq import gates
 from socratiq.diversity import batch_diversity, diversity_factor  # noqa: F401  (part of the scorer's interface)
 from socratiq.errors import UserError
 from socratiq.errors import main as run_main
 from socratiq.grading import Figures, figures
-from socratiq.logistic import bags, fit_ngrams, fit_probe, minimise
+from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 
 GATES = ("form", "originality", "order", "relatedness", "fluency")
+CALIBRATION_PARTS = 3
+SHOWN = 3  # warnings
 L2_RELATED = 1e-3
 DOUBT = (1.2, 1.5)  # relatedness is sigmoid(1.2 log-odds + 1.5): sharper, and in doubt for the question
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
@@ -59,13 +60,17 @@ class Scorer:
             )
         contexts, questions = [r.context for r in rows], [r.question for r in rows]
         target = torch.tensor([[float(r.type == name) for name in types] for r in rows])  # (N, T)
-        tensors = fit_ngrams(questions, target)
+        part = [place(context) % CALIBRATION_PARTS for context in contexts]
+        weight, bias = calibrated(fit_ngrams, ngram_logits, questions, target, part)
+        tensors = {"weight": weight, "bias": bias}
         scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), {})
         scorer.warnings = contradictions(rows)
         if lm is not None:
             scorer.lm = lm
             alone = lm.read_alone(questions)
-            tensors |= fit_probe(torch.stack([a.features for a in alone]), target)
+            features = torch.stack([a.features for a in alone])
+            weight, bias = calibrated(fit_probe, probe_logits, features, target, part)
+            tensors |= {"probe": weight, "probe_bias": bias}
             ramps = [gates.Ramp.below(x, 0.1) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
             scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": ramps}
         scorer.fit_relatedness(rows if lm is None else sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS])
@@ -96,13 +101,12 @@ class Scorer:
 
     def by_ngrams(self, questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1 by n-grams alone."""
-        ids, starts = bags(questions)
-        return torch.sigmoid(F.embedding_bag(ids, self.tensors["weight"], starts, mode="sum") + self.tensors["bias"])
+        return torch.sigmoid(ngram_logits(questions, self.tensors["weight"], self.tensors["bias"]))
 
     def by_probe(self, questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1 by the probe on the language model's hidden states alone."""
-        features = [a.features for a in self.lm.read_alone(questions)]
-        return torch.sigmoid(torch.stack(features) @ self.tensors["probe"] + self.tensors["probe_bias"])
+        features = torch.stack([a.features for a in self.lm.read_alone(questions)])
+        return torch.sigmoid(probe_logits(features, self.tensors["probe"], self.tensors["probe_bias"]))
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how strongly each question is of each type."""
@@ -289,8 +293,10 @@ def main() -> None:
     rows = load_rows(args.data)
     lm = open_language_model(args.model, args.device, args.dtype)
     scorer = Scorer.fit(rows, lm=lm)
-    for warning in scorer.warnings:
+    for warning in scorer.warnings[:SHOWN]:
         print(f"warning: {warning}")
+    if len(scorer.warnings) > SHOWN:
+        print(f"warning: and {len(scorer.warnings) - SHOWN} more of this kind")
     print(cross_validate(rows, args.folds, lm=lm))
     scorer.save(args.out)
     print(f"\nscorer of {len(rows)} rows, fitted on all of them, in {args.out}")
