@@ -423,10 +423,11 @@ def side_by_side(evaluation: dict) -> str:
             f'<span class="full">{e(context)}</span></summary><div class="asked">{"".join(types)}</div></details>'
         )
     more = len(evaluation["contexts"]) - len(texts)
+    by = ", then ".join(f"by the {name}" for name in names)
     return (
         '<section id="questions"><h2>Side by side</h2><p class="intro">What each stage asks about the same text, the '
-        "first answer, unpicked. The number is the strength of the asked type by the judge, then by the scorer; where "
-        "the judge sees another type, it is named.</p>"
+        f"first answer, unpicked. The number is the strength of the asked type {e(by)}; where the first of them sees "
+        "another type, it is named.</p>"
         + "".join(texts)
         + (f'<p class="intro">{more} more texts are in evaluation.json.</p>' if more > 0 else "")
         + "</section>"
