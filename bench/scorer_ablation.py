@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from socratiq import attacks
 from socratiq.data import load_rows
-from socratiq.grading import auc
-from socratiq.scorer import GATES, Scorer, open_language_model, place
+from socratiq.grading import auc, place
+from socratiq.scorer import GATES, Scorer, open_language_model
 
 
 def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:

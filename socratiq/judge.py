@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from socratiq import gates
 from socratiq.errors import UserError
 from socratiq.errors import main as run_main
+from socratiq.grading import cross_validate, place
 from socratiq.logistic import minimise
-from socratiq.scorer import cross_validate, place
 
 BUCKETS = 2**14
 RIDGE = 0.3  # weight of |w|^2 against the squared errors
@@ -123,7 +123,7 @@ def main() -> None:
 
     rows = judge_split(load_rows(args.data), args.share)[0]
     judge = Judge.fit(rows)
-    print(cross_validate(rows, kind=Judge))
+    print(cross_validate(Judge.fit, rows))
     judge.save(args.out)
     print(f"\njudge of {len(rows)} rows, fitted on all of them, in {args.out}")
 

@@ -14,16 +14,15 @@ while honest questions that are merely hard to classify are worth more. Rows lab
 
 import argparse
 import json
-import zlib
 from pathlib import Path
 
 import torch
 
-from socratiq import gates
+from socratiq import gates, grading
 from socratiq.diversity import batch_diversity, diversity_factor  # noqa: F401  (part of the scorer's interface)
 from socratiq.errors import UserError
 from socratiq.errors import main as run_main
-from socratiq.grading import Figures, figures
+from socratiq.grading import Figures, contradictions, place
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 
 GATES = ("form", "originality", "order", "relatedness", "fluency")
@@ -65,6 +64,7 @@ class Scorer:
         tensors = {"weight": weight, "bias": bias}
         scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), {})
         scorer.warnings = contradictions(rows)
+        tensors["related"] = scorer.fit_relatedness(rows)
         if lm is not None:
             scorer.lm = lm
             alone = lm.read_alone(questions)
@@ -73,18 +73,22 @@ class Scorer:
             tensors |= {"probe": weight, "probe_bias": bias}
             ramps = [gates.Ramp.below(x, 0.1) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
             scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": ramps}
-        scorer.fit_relatedness(rows if lm is None else sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS])
+            some = sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS]
+            tensors["related_model"] = scorer.fit_relatedness(some)
         return scorer
 
-    def fit_relatedness(self, rows) -> None:
-        """Learn to tell each question's own text from another one of these rows: the next in a fixed random order."""
+    def fit_relatedness(self, rows) -> torch.Tensor:
+        """Weights and, last, bias that tell each question's own text from another one of these rows.
+
+        The other one is the next in a fixed random order.
+        """
         texts = sorted({r.context for r in rows}, key=lambda text: (place(text), text))
         other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
         pairs = [(text, r.question, own) for r in rows for text, own in ((r.context, 1.0), (other[r.context], 0.0))]
         x = self.evidence([text for text, _, _ in pairs], [question for _, question, _ in pairs])  # (2 N, 2 or 3)
         w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
         minimise(lambda: x @ w + b, [w, b], torch.tensor([[own] for _, _, own in pairs]), L2_RELATED)
-        self.tensors["related"] = torch.cat([w[:, 0], b])
+        return torch.cat([w[:, 0], b])
 
     def with_language_model(self, lm) -> "Scorer":
         """This scorer with the language model that it was fitted with; None leaves it as it is."""
@@ -148,7 +152,7 @@ class Scorer:
             "originality": torch.tensor([gates.originality(c, q) for c, q in pairs]),
             "order": torch.tensor([self.order(q) for q in questions]),
         }
-        *w, b = self.tensors["related"]
+        *w, b = self.tensors["related" if self.lm is None else "related_model"]
         own_text = self.evidence(contexts, questions) @ torch.stack(w) + b  # log-odds against another text
         parts["relatedness"] = torch.sigmoid(DOUBT[0] * own_text + DOUBT[1])
         if self.lm is not None:
@@ -238,30 +242,9 @@ def fluencies(logprobs: torch.Tensor) -> tuple[float, float, float]:
     return tuple(x.mean().item() for x in (logprobs, low[: max(1, len(low) // 4)], low[:2]))
 
 
-def place(context: str) -> int:
-    """Where a text stands in a fixed random order in which spacing and case play no part."""
-    return zlib.crc32(" ".join(context.casefold().split()).encode())
-
-
-def contradictions(rows) -> list[str]:
-    """One line for each question about one text that carries two types."""
-    seen: dict[tuple[str, str], set[str]] = {}
-    for r in rows:
-        seen.setdefault((r.context, r.question), set()).add(r.type)
-    return [f"{q!r} is labelled {' and '.join(sorted(t))} for one text" for (_, q), t in seen.items() if len(t) > 1]
-
-
-def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None, kind=Scorer) -> Figures:
+def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None) -> Figures:
     """Grade every row by a scorer that saw neither it nor its context: `.strengths` (N, T) in the order of the rows."""
-    types = sorted({r.type for r in rows} - {"others"})
-    strengths = torch.zeros(len(rows), len(types))
-    fold = [place(r.context) % folds for r in rows]
-    for k in sorted(set(fold)):
-        held = [i for i in range(len(rows)) if fold[i] == k]
-        scorer = kind.fit([r for r, f in zip(rows, fold, strict=True) if f != k], seed, **({"lm": lm} if lm else {}))
-        graded = scorer.strengths([rows[i].context for i in held], [rows[i].question for i in held])
-        strengths[torch.tensor(held)[:, None], torch.tensor([types.index(name) for name in scorer.types])] = graded
-    return figures(types, strengths, [r.type for r in rows])
+    return grading.cross_validate(lambda some: Scorer.fit(some, seed, lm), rows, folds)
 
 
 def open_language_model(name: str, device: str = "auto", dtype: str = "auto"):
