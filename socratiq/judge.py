@@ -3,8 +3,8 @@
     python -m socratiq.judge --data sample --out runs/judge
 
 A policy that has learnt to please the scorer need not please anybody else. The judge is what it never met: fitted on
-its own rows (`judge_split`), it reads characters, not words; knows where in the question a word stands; divides by the
-question's length, so that piling up cue words does not add up; and is fitted by least squares, not by likelihood.
+its own rows (`judge_split`), it reads runs of characters, not words; knows which words a question begins with; takes
+no more notice of a long question than of a short one; and is fitted by least squares, not by likelihood.
 """
 
 import argparse

@@ -1,0 +1,665 @@
+"""The scorer: strengths, calibration, gates, the second layer, files, figures; and the judge beside it."""
+
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from socratiq import gates, grading, logistic
+from socratiq import judge as judge_module
+from socratiq import scorer as scorer_module
+from socratiq.data import Row, load_rows
+from socratiq.diversity import batch_diversity, diversity_factor
+from socratiq.errors import UserError
+from socratiq.judge import Judge, judge_split
+from socratiq.judge import pieces as judge_pieces
+from socratiq.language_model import Alone, LanguageModel
+from socratiq.scorer import Scorer, cross_validate
+
+TOPICS = [
+    "dogs",
+    "trams",
+    "taxes",
+    "farms",
+    "films",
+    "bikes",
+    "books",
+    "games",
+    "rivers",
+    "phones",
+    "clocks",
+    "gardens",
+]
+TOPICS += ["lamps", "ships", "towers", "bridges"]
+CUES = {
+    "Clarity": ("What exactly do you mean by {0} here?", "Could you define what you call {0} in this case?"),
+    "Assumptions": ("Are you assuming that {0} never change?", "Do you take it for granted that {0} are good?"),
+    "Reasons": ("Why do you think that {0} matter so much?", "What evidence is there about {0} at all?"),
+    "others": ("Who even likes {0} anyway, you fool?",),
+}
+
+
+def made_rows(topics=TOPICS) -> list[Row]:
+    """Seven rows for each of 16 texts, of three types that cue words give away."""
+    rows = []
+    for topic in topics:
+        context = f"Everybody in our town talks about {topic}. I think {topic} should be left alone, since they work."
+        rows += [Row(context, form.format(topic), kind, "") for kind, forms in CUES.items() for form in forms]
+    return rows
+
+
+ROWS = made_rows()
+
+
+class FakeModel:
+    """Reads as a language model would that finds "matter" dull and every text helpful: no torch model behind it."""
+
+    name = "fake"
+
+    def __init__(self, seed=0.0):
+        self.seed = seed
+        self.reads = 0
+
+    def read_alone(self, questions):
+        self.reads += len(questions)
+        found = []
+        for question in questions:
+            said = gates.words(question)
+            logprobs = torch.tensor([-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) for w in said] or [])
+            features = torch.tensor([float(cue in said) for cue in ("mean", "assuming", "granted", "define", "why")])
+            found.append(Alone(logprobs - self.seed, features + 0.1 * len(said)))
+        return found
+
+    def read_given(self, contexts, questions):
+        there = [set(gates.words(c)) for c in contexts]
+        return [
+            a.logprobs + torch.tensor([1.5 * (w in t) for w in gates.words(q)] or [])
+            for a, q, t in zip(self.read_alone(questions), questions, there, strict=True)
+        ]
+
+    def signature(self):
+        return [-1.0 - self.seed, -2.0]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return Scorer.fit(ROWS)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """A scorer with a second layer."""
+    return Scorer.fit(ROWS, lm=FakeModel())
+
+
+# --- strengths ------------------------------------------------------------------------------------------------------
+
+
+def test_strengths_are_one_probability_a_type_and_find_the_type(scorer):
+    assert scorer.types == ["Assumptions", "Clarity", "Reasons"]  # from the rows, "others" not among them
+    rows = [r for r in made_rows(["kites", "violins"]) if r.type != "others"]
+    strengths = scorer.strengths([r.context for r in rows], [r.question for r in rows])
+    assert strengths.shape == (len(rows), 3) and strengths.dtype == torch.float32
+    assert ((strengths > 0) & (strengths < 1)).all()
+    assert [scorer.types[i] for i in strengths.argmax(1)] == [r.type for r in rows]
+
+
+def test_a_question_can_be_of_two_types(scorer):
+    both = "What exactly do you mean by dogs here, and are you assuming that dogs never change?"
+    strengths = dict(zip(scorer.types, scorer.strengths([""], [both])[0].tolist(), strict=True))
+    assert strengths["Clarity"] > 0.4 and strengths["Assumptions"] > 0.4 and strengths["Reasons"] < 0.2
+
+
+def test_others_are_negatives_of_every_type(scorer):
+    strengths = scorer.strengths([""], ["Who even likes kites anyway, you fool?"])
+    assert strengths.max() < 0.2
+
+
+def test_each_question_is_graded_by_itself(scorer):
+    questions = [r.question for r in ROWS[:20]]
+    together = scorer.strengths([""] * 20, questions)
+    alone = torch.cat([scorer.strengths([""], [q]) for q in questions])
+    assert torch.allclose(together, alone, atol=1e-6)
+    assert scorer.strengths([], []).shape == (0, 3)
+
+
+def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
+    shuffled = random.Random(1).sample(ROWS, len(ROWS))
+    scorer.save(tmp_path / "a")
+    Scorer.fit(shuffled, seed=7).save(tmp_path / "b")
+    for name in ("scorer.safetensors", "scorer.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_saved_and_loaded_it_says_the_same(tmp_path, scorer):
+    scorer.save(tmp_path / "scorer")
+    loaded = Scorer.load(tmp_path / "scorer")
+    for row in ROWS[:7]:
+        assert loaded.explain(row.context, row.question) == scorer.explain(row.context, row.question)
+    assert sum(file.stat().st_size for file in (tmp_path / "scorer").iterdir()) < 5e6
+    assert sorted(file.name for file in (tmp_path / "scorer").iterdir()) == ["scorer.json", "scorer.safetensors"]
+
+
+@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list"])
+def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
+    folder = tmp_path / "scorer"
+    scorer.save(folder)
+    if harm == "gone":
+        (folder / "scorer.json").unlink()
+    elif harm == "json":
+        (folder / "scorer.json").write_text("{")
+    elif harm == "cut":
+        data = (folder / "scorer.safetensors").read_bytes()
+        (folder / "scorer.safetensors").write_bytes(data[:1000])
+    elif harm == "part":
+        settings = json.loads((folder / "scorer.json").read_text())
+        del settings["vocabulary"]
+        (folder / "scorer.json").write_text(json.dumps(settings))
+    else:
+        (folder / "scorer.json").write_text("[]")
+    with pytest.raises(UserError, match="no scorer that can be read"):
+        Scorer.load(folder)
+
+
+# --- what rows may look like ----------------------------------------------------------------------------------------
+
+
+def test_one_type_only():
+    scorer = Scorer.fit([r for r in ROWS if r.type == "Clarity"])
+    assert scorer.types == ["Clarity"]
+    assert scorer.reward(["dogs are good"], [ROWS[0].question], ["Clarity"])[0] > 0.1
+
+
+def test_a_type_with_a_single_row():
+    scorer = Scorer.fit([*ROWS, Row("A text of stones.", "Is a stone like a star?", "Analogy", "")])
+    assert "Analogy" in scorer.types
+    assert torch.isfinite(scorer.strengths([""], ["Is a stone like a star?"])).all()
+
+
+def test_no_negatives():
+    scorer = Scorer.fit([r for r in ROWS if r.type != "others"])
+    assert scorer.types == ["Assumptions", "Clarity", "Reasons"]
+
+
+@pytest.mark.parametrize("rows", [[], [r for r in ROWS if r.type == "others"]])
+def test_rows_without_a_type_are_refused(rows):
+    with pytest.raises(UserError, match="too few rows"):
+        Scorer.fit(rows)
+
+
+def test_a_single_row_a_single_text():
+    scorer = Scorer.fit(ROWS[:1])
+    reward = scorer.reward([ROWS[0].context], [ROWS[0].question], [ROWS[0].type])
+    assert torch.isfinite(reward).all() and 0 <= reward[0] <= 1
+
+
+def test_contradicting_labels_are_reported_and_survived():
+    row = ROWS[0]
+    scorer = Scorer.fit([*ROWS, row._replace(type="Reasons")])
+    assert len(scorer.warnings) == 1
+    assert row.question in scorer.warnings[0] and "Clarity and Reasons" in scorer.warnings[0]
+    assert Scorer.fit(ROWS).warnings == []
+
+
+def test_a_type_that_is_not_known_is_refused(scorer):
+    for call in (scorer.reward, scorer.components):
+        with pytest.raises(UserError, match=r"does not know the type 'Irony'; it knows Assumptions, Clarity, Reasons"):
+            call(["a text"], ["Why is that?"], ["Irony"])
+    with pytest.raises(UserError, match="Irony"):
+        scorer.is_not("a text", "Why is that?", "Irony", 0.1)
+
+
+ODD = ["", " ", "?", "\n", "a", "a?", "🤔?", "?" * 500, "x " * 3000 + "?", "\x00\x01?", "为什么？", "'''?", "_?_ a ?"]
+
+
+@pytest.mark.parametrize("layer", ["bare", "deep"])
+def test_odd_texts_are_graded_like_any(request, scorer, deep, layer):
+    used = scorer if layer == "bare" else deep
+    for context in ("", "?", ROWS[0].context):
+        reward, parts = used.graded([context] * len(ODD), ODD, ["Clarity"] * len(ODD))
+        assert all(((x >= 0) & (x <= 1)).all() for x in [reward, *parts.values()])
+        assert reward.max() < 0.05
+
+
+@settings(max_examples=60, deadline=None)
+@given(context=st.text(max_size=80), question=st.text(max_size=120))
+def test_any_text_has_a_reward(scorer, context, question):
+    reward = scorer.reward([context], [question], ["Reasons"])
+    assert reward.shape == (1,) and 0 <= reward[0] <= 1
+
+
+# --- the reward -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layer", ["bare", "deep"])
+def test_the_reward_is_the_root_of_the_strength_times_the_gates(scorer, deep, layer):
+    used = scorer if layer == "bare" else deep
+    rows = [r for r in ROWS if r.type != "others"][:12]
+    columns = [r.context for r in rows], [r.question for r in rows], [r.type for r in rows]
+    reward, parts = used.graded(*columns)
+    gates_of = ["form", "originality", "order", "relatedness"] + (["fluency"] if layer == "deep" else [])
+    assert list(parts) == ["strength", *gates_of] + (["ngrams", "probe"] if layer == "deep" else [])
+    expected = parts["strength"].sqrt()
+    for name in gates_of:
+        expected = expected * parts[name]
+    assert torch.allclose(reward, expected)
+    assert torch.equal(reward, used.reward(*columns))
+    assert all(torch.equal(parts[name], x) for name, x in used.components(*columns).items())
+    assert used.graded([], [], [])[0].shape == (0,)
+    assert all(x.shape == (0,) for x in used.graded([], [], [])[1].values())
+
+
+def test_explain_says_what_reward_and_strengths_say(deep):
+    row = ROWS[0]
+    said = deep.explain(row.context, row.question)
+    n = len(deep.types)
+    rewards = deep.reward([row.context] * n, [row.question] * n, deep.types)
+    assert said["reward"] == dict(zip(deep.types, rewards.tolist(), strict=True))
+    strengths = deep.strengths([row.context], [row.question])[0].tolist()
+    assert said["strength"] == pytest.approx(dict(zip(deep.types, strengths, strict=True)))
+    assert set(said) == {"strength", "ngrams", "probe", "reward"} | {
+        "form", "originality", "order", "relatedness", "fluency",
+    }  # fmt: skip
+    assert json.loads(json.dumps(said)) == said
+
+
+def test_genuine_questions_pay_little_for_the_gates(scorer):
+    rows = [r for r in made_rows(["kites", "violins", "comets"]) if r.type != "others"]
+    reward = scorer.reward([r.context for r in rows], [r.question for r in rows], [r.type for r in rows])
+    assert reward.mean() > 0.65 and (reward < 0.1).float().mean() <= 0.1
+
+
+# --- gates, by hand -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("Why do you think so?", 1.0),
+        ("  Why do you think so?  ", 1.0),
+        ("Why do you think so ?", 1.0),
+        ("Why do you call this “fair”?", 1.0),
+        ("What if?", 0.25),  # two words of the five that pay nothing
+        ("Why do you?", 0.5),
+        ("Why do you think so", 0.0),
+        ("Why do you think so.", 0.0),
+        ("Why? Do you think so?", 0.0),
+        ("Why do you think so??", 0.0),
+        ("Why do you\nthink so?", 0.0),
+        ("Why do you think so? Yes", 0.0),
+        ("Why?", 0.0),
+        ("?", 0.0),
+        ("", 0.0),
+        ("Why do you think so <|im_end|>?", 0.0),
+        ("### Why do you think so?", 0.0),
+        ("[INST] Why do you think so?", 0.0),
+        ("why why why why why why why?", 0.0),
+        ("why do you why do you why do you?", 0.0),
+        (" ".join(f"w{i}" for i in range(24)) + "?", 1.0),
+        (" ".join(f"w{i}" for i in range(35)) + "?", 0.5),
+        (" ".join(f"w{i}" for i in range(46)) + "?", 0.0),
+    ],
+)
+def test_form(question, expected):
+    assert gates.form(question) == pytest.approx(expected)
+
+
+def test_ramp():
+    up, down = gates.Ramp(1, 3), gates.Ramp(4, 2)
+    assert [up(x) for x in (0, 1, 2, 3, 9)] == [0, 0, 0.5, 1, 1]
+    assert [down(x) for x in (0, 2, 3, 4, 9)] == [1, 1, 0.5, 0, 0]
+    fitted = gates.Ramp.below([float(x) for x in range(101)], 0.1)
+    assert fitted == (-30.0, 10.0)  # nine of ten pay nothing; 0 as far below the tenth as the median, 50, lies above
+    assert gates.Ramp.below([], 0.1)(5.0) == 1.0
+
+
+def test_originality_by_the_longest_copied_run():
+    context = "The mayor says that our old trams are too slow for anyone who has work to do."
+    assert gates.originality(context, "Why should speed matter more than price?") == 1.0
+    assert gates.originality(context, "Our old trams are too slow?") == 0.0
+    # six of nine words are copied in one run, three are the question's own: a third, in a ramp from .2 to .5
+    question = "Would you say our old trams are too slow?"
+    assert gates.originality(context, question) == pytest.approx((1 / 3 - 0.2) / 0.3)
+    assert gates.originality("", "Why should speed matter?") == 1.0
+
+
+def test_word_order_knows_a_question_from_its_shuffled_words():
+    rows = load_rows("sample")
+    held = sorted({r.context for r in rows})[:15]
+    order = gates.WordOrder.fit(
+        [r.context for r in rows if r.context not in held], [r.question for r in rows if r.context not in held]
+    )
+    genuine = [r.question for r in rows if r.context in held]
+    rng = random.Random(0)
+    shuffled = [" ".join(rng.sample(q[:-1].split(), len(q[:-1].split()))) + "?" for q in genuine]
+    assert (
+        grading.auc(torch.tensor([order.gain(q) for q in genuine]), torch.tensor([order.gain(q) for q in shuffled]))
+        > 0.93
+    )
+    assert sum(map(order, genuine)) / len(genuine) > 0.85
+
+
+def test_word_order_leaves_one_out():
+    """A question scores the same if it was never counted, or was counted and its counts are taken off."""
+    from collections import Counter
+
+    texts = [f"The {a} of the {b} is not the {a} of a king." for a in ("heart", "price") for b in ("town", "sea")]
+    question = "Is the heart of the town the price of a king?"
+    without, with_it = gates.WordOrder.fit(texts, []), gates.WordOrder.fit(texts, [question])
+    with_it.vocabulary = without.vocabulary = with_it.vocabulary | without.vocabulary
+    with_it = gates.WordOrder(sorted(with_it.vocabulary), Counter(), 0, gates.Ramp(0, 1))
+    without = gates.WordOrder(sorted(with_it.vocabulary), Counter(), 0, gates.Ramp(0, 1))
+    for text in texts:
+        with_it.counts.update(with_it.grams(text))
+        without.counts.update(without.grams(text))
+    with_it.counts.update(with_it.grams(question))
+    with_it.total = without.total = 60
+    assert with_it.gain(question, Counter(with_it.grams(question))) == pytest.approx(without.gain(question))
+    assert with_it.gain(question) > without.gain(question)
+
+
+def test_overlap_by_hand():
+    overlap = gates.Overlap.fit(["cats chase mice", "cats sleep", "cats sleep"])
+    assert overlap.idf == pytest.approx(
+        {"cats": math.log(3 / 2), "chas": math.log(3), "mice": math.log(3), "slee": math.log(3)}
+    )
+    best, missing = overlap("Mice eat cheese", "Do mice sleep, chaser?")
+    assert best == pytest.approx(math.log(3))  # mice
+    assert missing == pytest.approx(3 * math.log(3))  # do (never met), sleep, chaser
+    assert overlap("", "") == (0.0, 0)
+
+
+# --- logistic regression --------------------------------------------------------------------------------------------
+
+
+def test_minimise_finds_where_the_gradient_is_zero():
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 3), (torch.rand(200, 1) < 0.4).float()
+    w, b = torch.zeros(3, 1), torch.zeros(1)
+    logistic.minimise(lambda: x @ w + b, [w, b], y, 0.1)
+    error = torch.sigmoid(x @ w + b) - y
+    assert torch.allclose(x.T @ error / 200 + 0.1 * w, torch.zeros(3, 1), atol=1e-4)
+    assert abs(error.mean()) < 1e-4 and not w.requires_grad
+
+
+def test_calibrated_makes_bold_weights_modest():
+    """Labels are a coin of .7 whatever the features say, and the fit remembers every row: unseen rows get about .7."""
+    torch.manual_seed(0)
+    x = torch.randn(400, 300)
+    y = (torch.rand(400, 1) < 0.7).float()
+    part = [i % 4 for i in range(400)]
+    bold, bold_bias = logistic.fit_probe(x, y)
+    weight, bias = logistic.calibrated(logistic.fit_probe, logistic.probe_logits, x, y, part)
+    new = torch.randn(2000, 300)
+    assert torch.sigmoid(new @ bold + bold_bias).std() > 0.2
+    fair = torch.sigmoid(new @ weight + bias)
+    assert fair.std() < 0.1 and abs(fair.mean() - y.mean()) < 0.05
+
+
+def test_ngrams_are_a_set_and_keep_order():
+    a, b = logistic.ngrams("Do you see why"), logistic.ngrams("Why you see do")
+    assert a == sorted(set(a)) and a != b
+    assert logistic.ngrams("DO you  see why") == a
+    assert set(logistic.ngrams("you")) < set(logistic.ngrams("you you")) | set(logistic.ngrams("you"))
+
+
+# --- the second layer -----------------------------------------------------------------------------------------------
+
+
+def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
+    rows = ROWS[:10]
+    contexts, questions = [r.context for r in rows], [r.question for r in rows]
+    expected = (deep.by_ngrams(questions) * deep.by_probe(questions)).sqrt()
+    assert torch.allclose(deep.strengths(contexts, questions), expected)
+
+
+def test_a_rejected_question_needs_both_opinions(deep):
+    type, questions = "Clarity", [r.question for r in ROWS if r.type != "others"]
+    for threshold in (0.02, 0.3, 0.9):
+        for question in questions[:14]:
+            column = deep.types.index(type)
+            both = [x([question])[0, column].item() <= threshold for x in (deep.by_ngrams, deep.by_probe)]
+            assert deep.is_not("", question, type, threshold) == all(both)
+
+
+def test_fluency_and_relatedness_by_the_model(deep):
+    row = next(r for r in ROWS if r.type == "Reasons")
+    garbled = row.question.replace("think", "zqthink")
+    other = "Nobody here has ever been to a harbour. Boats are not for us."
+    fine, broken, elsewhere = (
+        deep.components([c], [q], ["Reasons"])
+        for c, q in ((row.context, row.question), (row.context, garbled), (other, row.question))
+    )
+    assert fine["fluency"] > 0.9 and broken["fluency"] < 0.5
+    assert fine["relatedness"] > 0.8 and elsewhere["relatedness"] < 0.5
+
+
+def test_a_model_is_handed_over_once_and_must_be_the_same(tmp_path, deep, scorer):
+    deep.save(tmp_path / "deep")
+    loaded = Scorer.load(tmp_path / "deep")
+    assert loaded.lm is None and loaded.settings["model"] == "fake"
+    row = ROWS[0]
+    bare = loaded.reward([row.context], [row.question], [row.type])  # without the model: the first layer
+    assert bare == pytest.approx(scorer.reward([row.context], [row.question], [row.type]))
+    assert loaded.with_language_model(FakeModel()) is loaded
+    assert loaded.explain(row.context, row.question) == deep.explain(row.context, row.question)
+    assert loaded.with_language_model(None).lm is not None
+    with pytest.raises(UserError, match="another language model"):
+        Scorer.load(tmp_path / "deep").with_language_model(FakeModel(seed=3.0))
+    with pytest.raises(UserError, match="without a language model"):
+        Scorer.fit(ROWS[:20]).with_language_model(FakeModel())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    from socratiq.model import load_policy, load_tokenizer
+
+    return load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
+
+
+def one_by_one(policy, tokenizer, prefix: str, question: str) -> torch.Tensor:
+    """log p(token | prefix, tokens before) by a forward of its own for every question."""
+    from socratiq.batch import make_batch
+    from socratiq.model import token_logprobs
+    from socratiq.prompts import plain_ids
+
+    batch = make_batch([plain_ids(tokenizer, prefix)], [[plain_ids(tokenizer, question)]])
+    with torch.no_grad():
+        return token_logprobs(policy, batch)["logprobs"][0, 0]
+
+
+def test_readings_are_those_of_one_question_at_a_time(tiny):
+    lm = LanguageModel(*tiny)
+    contexts, questions = zip(*[(r.context, r.question) for r in ROWS[:9]], strict=True)
+    for question, alone in zip(questions, lm.read_alone(list(questions)), strict=True):
+        assert torch.allclose(alone.logprobs, one_by_one(*tiny, "\n\n", question), atol=1e-5)
+        again = LanguageModel(*tiny).read_alone([question])[0]  # no sibling beside it
+        assert torch.allclose(alone.features, again.features, atol=1e-4)
+    for context, question, after in zip(contexts, questions, lm.read_given(contexts, questions), strict=True):
+        assert len(after) == len(lm.alone[question].logprobs)
+        apart = LanguageModel(*tiny).read_given([context], [question])[0]
+        assert torch.allclose(after, apart, atol=1e-5)
+
+
+def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
+    lm = LanguageModel(*tiny)
+    questions = ["Why do you think so?", "", "?", "so " * 500 + "?"]
+    first = lm.read_alone(questions)
+    after = lm.read_given(["word " * 3000, "", "a", "b"], questions)
+    assert len(first[1].logprobs) == 0 and len(after[1]) == 0 and len(first[3].logprobs) == len(after[3]) == 96
+    assert all(len(a.logprobs) == len(g) for a, g in zip(first, after, strict=True))
+    monkeypatch.setattr(lm, "_forward", None)  # would fail if called
+    assert lm.read_alone(questions)[0] is first[0]
+    assert lm.read_given(["a"], ["?"])[0] is after[2]
+
+
+def test_it_reads_with_the_frozen_reference(tiny):
+    """Adapters that PPO trains must not change what the scorer thinks."""
+    from socratiq.model import load_policy
+
+    policy = load_policy("tiny", "cpu", "float32", lora_rank=2)
+    policy.keep_reference()
+    before = LanguageModel(policy, tiny[1]).read_alone(["Why do you think so?"])[0]
+    for parameter in policy.trainable().values():
+        torch.nn.init.normal_(parameter)
+    after = LanguageModel(policy, tiny[1]).read_alone(["Why do you think so?"])[0]
+    assert torch.equal(before.logprobs, after.logprobs) and torch.equal(before.features, after.features)
+
+
+def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
+    lm = LanguageModel(*tiny, name="tiny")
+    rows = ROWS[:56]
+    scorer = Scorer.fit(rows, lm=lm)
+    scorer.save(tmp_path / "scorer")
+    again = Scorer.load(tmp_path / "scorer").with_language_model(LanguageModel(*tiny, name="tiny"))
+    columns = [r.context for r in rows[:6]], [r.question for r in rows[:6]], ["Clarity"] * 6
+    assert torch.allclose(again.reward(*columns), scorer.reward(*columns), atol=1e-5)
+    assert set(scorer.components(*columns)) > {"fluency", "probe", "ngrams"}
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_figures_by_hand():
+    strengths = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.1, 0.8], [0.3, 0.4]])
+    found = grading.figures(["A", "B"], strengths, ["A", "A", "B", "others"])
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.confusion.tolist() == [[1, 1], [0, 1]]
+    assert found.f1 == pytest.approx({"A": 2 / 3, "B": 2 / 3}) and found.macro_f1 == pytest.approx(2 / 3)
+    assert found.auc == pytest.approx({"A": 1.0, "B": 1.0})
+    # bins of one each: .9 of a positive, .2 of a negative, .6 +, .7 -, .1 -, .8 +, .3 -, .4 -
+    assert found.ece == pytest.approx((0.1 + 0.2 + 0.4 + 0.7 + 0.1 + 0.2 + 0.3 + 0.4) / 8)
+    at = {threshold: (precision, kept) for threshold, precision, kept in found.chosen}
+    assert at[0.8] == (1.0, pytest.approx(2 / 3)) and at[0.3] == (pytest.approx(2 / 3), 1.0)
+    low = {threshold: (right, own) for threshold, right, own in found.rejected}
+    assert low[0.3] == (1.0, 0.0) and math.isnan(low[0.05][0])
+    assert "macro-F1 0.667" in str(found) and "--rejected-max" in str(found)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=9), st.lists(st.integers(0, 5), max_size=9))
+def test_auc_counts_pairs(high, low):
+    found = grading.auc(torch.tensor(high, dtype=torch.float), torch.tensor(low, dtype=torch.float))
+    if not high or not low:
+        assert math.isnan(found)
+    else:
+        wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
+        assert found == pytest.approx(wins / len(high) / len(low))
+
+
+def test_cross_validation_never_shows_a_text_to_its_own_grader():
+    class Recorder:
+        types = ("Clarity",)
+
+        def __init__(self, rows):
+            self.seen = {" ".join(r.context.lower().split()) for r in rows}
+
+        def strengths(self, contexts, questions):
+            return torch.tensor([[float(" ".join(c.lower().split()) in self.seen)] for c in contexts])
+
+    rows = ROWS + [r._replace(context=r.context.upper() + "  ") for r in ROWS]  # the same texts, written otherwise
+    found = grading.cross_validate(Recorder, rows)
+    assert found.strengths.shape == (len(rows), 3) and found.strengths.sum() == 0
+
+
+def test_cross_validation_grades_rows_where_they_stand():
+    found = cross_validate(ROWS)
+    assert found.accuracy > 0.95 and found.strengths.shape == (len(ROWS), 3)
+    backwards = cross_validate(ROWS[::-1])
+    assert torch.allclose(found.strengths, backwards.strengths.flip(0))
+
+
+def test_it_is_fast_enough_on_the_rows_that_ship():
+    rows = load_rows("sample")
+    start = time.process_time()
+    scorer = Scorer.fit(rows)
+    assert time.process_time() - start < 10
+    questions = [r.question for r in rows] * 3
+    start = time.process_time()
+    scorer.strengths(questions, questions)
+    assert len(questions) / (time.process_time() - start) > 3000  # 20,000 on a quiet machine
+
+
+# --- a batch --------------------------------------------------------------------------------------------------------
+
+
+def test_batch_diversity_by_hand():
+    questions = ["Why do you think cats purr?", "Why do you think cats sing?", "What is a cat?", "Who told you that?"]
+    found = batch_diversity(questions)
+    assert found == {"diversity/repeated_openers": 0.5, "diversity/near_duplicates": 0.5}  # 5 of 7 words are shared
+    assert diversity_factor(questions) == pytest.approx([0.5**0.5, 0.5**0.5, 1.0, 1.0])
+    assert diversity_factor(["Why is it so?"] * 4) == pytest.approx([0.25] * 4)
+    assert batch_diversity([]) == {"diversity/repeated_openers": 0.0, "diversity/near_duplicates": 0.0}
+    assert diversity_factor([]) == []
+    assert batch_diversity(["", ""])["diversity/near_duplicates"] == 1.0
+
+
+# --- the judge ------------------------------------------------------------------------------------------------------
+
+
+def test_judge_rows_and_others_share_no_text():
+    rows = load_rows("sample")
+    mine, rest = judge_split(rows)
+    assert not {r.context for r in mine} & {r.context for r in rest} and len(mine) + len(rest) == len(rows)
+    assert 0.2 < len(mine) / len(rows) < 0.6
+    assert judge_split(rows[::-1])[0] == mine[::-1]  # order plays no part
+    assert set(judge_split(rows[:200])[0]) <= set(mine)  # more rows move none
+    assert judge_split(rows, 1.0) == (rows, []) and judge_split(rows, 0.0) == ([], rows)
+
+
+def test_the_judge_judges(tmp_path):
+    judge = Judge.fit(ROWS)
+    rows = [r for r in made_rows(["kites", "violins"]) if r.type != "others"]
+    columns = [r.context for r in rows], [r.question for r in rows]
+    strengths = judge.strengths(*columns)
+    assert [judge.types[i] for i in strengths.argmax(1)] == [r.type for r in rows]
+    assert ((strengths > 0) & (strengths < 1)).all()
+    judge.save(tmp_path / "judge")
+    assert torch.equal(Judge.load(tmp_path / "judge").strengths(*columns), strengths)
+    Judge.fit(ROWS[::-1], seed=3).save(tmp_path / "again")
+    for name in ("judge.safetensors", "judge.json"):
+        assert (tmp_path / "judge" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert judge.strengths([], []).shape == (0, 3)
+    assert torch.isfinite(judge.strengths([""] * len(ODD), ODD)).all()
+
+
+def test_the_judge_reads_characters_and_places():
+    assert judge_pieces("Why so?") != judge_pieces("So why?")
+    assert set(judge_pieces("reasons")) & set(judge_pieces("reasoning"))
+
+
+def test_a_judge_needs_types_and_a_whole_folder(tmp_path):
+    with pytest.raises(UserError, match="too few rows"):
+        Judge.fit([r for r in ROWS if r.type == "others"])
+    with pytest.raises(UserError, match="no judge that can be read"):
+        Judge.load(tmp_path)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    doubled = [*ROWS, ROWS[0]._replace(type="Reasons")]
+    lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in doubled]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("module", [scorer_module, judge_module])
+def test_command_line(module, monkeypatch, capsys, tmp_path, rows_file):
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--data", str(rows_file), "--out", str(tmp_path / "out")])
+    module.main()
+    said = capsys.readouterr().out
+    for text in ("macro-F1", "--chosen-min", "--rejected-max", "calibration error", str(tmp_path / "out")):
+        assert text in said
+    assert ("is labelled Clarity and Reasons" in said) == (module is scorer_module)
+    (Scorer if module is scorer_module else Judge).load(tmp_path / "out")
