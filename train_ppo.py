@@ -263,7 +263,8 @@ def run_stage():
         # 1. Prompts. 2. Questions. 3. Scores.
         tasks = draw_prompts(train_contexts, args.batch_size, "tasks", step)
         prompts, completions, questions, raw_scores, parts = ask(tasks, "samples", step)
-        everything = make_batch(prompts, completions).to(policy.device)
+        # Only for its (B, K, C) grid: with the prompts would come masks for the attention of the whole rollout.
+        everything = make_batch([[0]] * len(prompts), completions).to(policy.device)
         tokens, mask = everything.tokens, everything.mask  # (B, K, C)
         raw_scores = raw_scores.to(policy.device)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
