@@ -21,7 +21,10 @@ def scripts():
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs) and scorer/."""
+    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs) and scorer/.
+
+    In turned.jsonl the held-out texts are asked about in other words: what is learnt from the rest makes that worse.
+    """
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
     return folder
@@ -45,7 +48,7 @@ def poisoned(tmp_path_factory) -> Path:
 
 
 def make_inputs(folder: Path) -> None:
-    from socratiq.data import Row
+    from socratiq.data import Row, split_by_context
     from socratiq.prompts import build_prompt
     from socratiq.scorer import Scorer
 
@@ -79,6 +82,10 @@ def make_inputs(folder: Path) -> None:
                     "type": type,
                 }
             )
-    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs)):
+    held_out = {row.context for row in split_by_context([Row(*row.values(), "") for row in rows], 0.2, seed=0)[1]}
+    turned = [
+        {**row, "question": f"Qua zyx {n} vj?"} if row["context"] in held_out else row for n, row in enumerate(rows)
+    ]
+    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs), ("turned.jsonl", turned)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     Scorer.fit([Row(row["context"], row["question"], row["type"], "") for row in rows]).save(folder / "scorer")

@@ -22,39 +22,27 @@ SAME = ("model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "
         "train_args.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")  # fmt: skip
 WHILE_AT_WORK = {"checkpoint.safetensors", "best.safetensors", "reference.safetensors", "nonfinite"}
 
-FULL, BFLOAT = ["--lora-rank", "0"], ["--dtype", "bfloat16"]
-ACCUMULATE = ["--batch-size", "3", "--accumulate", "2"]
 CASES = {
-    "sft": ["train_sft.py", "--epochs", "2", "--batch-size", "5"],
-    "sft full bfloat16 accumulated": ["train_sft.py", "--steps", "8", *ACCUMULATE, *FULL, *BFLOAT],
-    "dpo": ["train_dpo.py", "--epochs", "2", "--batch-size", "5", "--sft-coef", "0.1"],
-    "dpo bfloat16 accumulated": ["train_dpo.py", "--steps", "8", *ACCUMULATE, *BFLOAT],
-    "dpo full": [
-        "train_dpo.py",
-        "--steps",
-        "5",
-        "--batch-size",
-        "4",
-        *FULL,
-        "--deterministic",
-        "--checkpoint-every",
-        "3",
-    ],
-    "ppo": ["train_ppo.py", "--steps", "3", "--kl-target", "0.01", "--kl-horizon", "20"],
-    "ppo full bfloat16": ["train_ppo.py", "--steps", "3", *FULL, *BFLOAT],
+    "sft": "train_sft.py --epochs 2 --batch-size 5",
+    "sft full bfloat16 accumulated": "train_sft.py --epochs 3 --batch-size 3 --accumulate 2 --lora-rank 0 "
+    "--dtype bfloat16 --lr 2e-2 --data {inputs}/turned.jsonl",
+    "dpo": "train_dpo.py --epochs 2 --batch-size 5 --sft-coef 0.1",
+    "dpo bfloat16 accumulated": "train_dpo.py --steps 8 --batch-size 3 --accumulate 2 --dtype bfloat16",
+    "dpo full": "train_dpo.py --steps 5 --batch-size 4 --lora-rank 0 --deterministic --checkpoint-every 3",
+    "ppo": "train_ppo.py --steps 3 --kl-target 0.01 --kl-horizon 20",
+    "ppo full bfloat16": "train_ppo.py --steps 3 --lora-rank 0 --dtype bfloat16",
 }
 
 
 def command(case: str, inputs: Path, out: Path | str = "out") -> list[str]:
     """The case's command line; what it names more than once, the last one counts."""
-    script, *own = CASES[case]
-    common = ["--model", "tiny", "--out", str(out), "--lr", "1e-3", "--held-out", "0.2", "--device", "cpu",
-              "--dtype", "float32", "--checkpoint-every", "2"]  # fmt: skip
-    data = ["--pairs", inputs / "pairs.jsonl"] if script == "train_dpo.py" else ["--data", inputs / "rows.jsonl"]
+    script, *own = CASES[case].format(inputs=inputs).split()
+    common = f"--model tiny --out {out} --lr 1e-3 --held-out 0.2 --device cpu --dtype float32 --checkpoint-every 2"
+    data = f"--pairs {inputs}/pairs.jsonl" if script == "train_dpo.py" else f"--data {inputs}/rows.jsonl"
     if script == "train_ppo.py":
-        data += ["--scorer", inputs / "scorer", "--batch-size", "5", "--samples-per-prompt", "2", "--max-new-tokens",
-                 "6", "--eval-every", "2", "--eval-prompts", "3", "--checkpoint-every", "1"]  # fmt: skip
-    return [script, *common, *map(str, data), *own]
+        data += f" --scorer {inputs}/scorer --batch-size 5 --samples-per-prompt 2 --max-new-tokens 6 --eval-every 2"
+        data += " --eval-prompts 3 --checkpoint-every 1"
+    return [script, *common.split(), *data.split(), *own]
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -82,24 +70,36 @@ def whole(scripts, inputs, tmp_path_factory):
 
 @pytest.mark.parametrize("case", CASES)
 def test_kills(case, scripts, inputs, whole, tmp_path):
-    """Up to five kills on the way, then the end: the same bytes, and nothing left lying about."""
+    """Three to five kills on the way, then the end: the same bytes, and nothing left lying about."""
     wanted, counts = whole(case)
     chance = random.Random(case)
+    # The first after a checkpoint or two; then early ones, which find the run where the one before has left it.
+    places = {"after": (0.4, 0.6), "line": (0, 0.1), "before": (0, 0.1), "file": (0, 0.2)}
     kills = 0
-    for how in ("before", "file", "line", "after", "time", "none"):
-        at = chance.randrange(counts[how] // 2) if how in counts else None  # what is left of a run has fewer
+    for how in (*places, "time"):
+        at = int(counts[how] * chance.uniform(*places[how])) if how in places else None
         job = scripts.start(command(case, inputs), cwd=tmp_path, at=at, how=how)
         if how == "time":
-            job.until(lambda: (tmp_path / "out" / "metrics.jsonl").exists())
             time.sleep(chance.random() * 0.5)
             job.kill(signal.SIGKILL)
         status, _, complained = job.wait()
         assert status in (0, -signal.SIGKILL), complained
-        kills += status != 0
-    assert status == 0 and kills
+        if status:
+            kills += 1
+            assert (tmp_path / "out" / "checkpoint.safetensors").exists()
+    assert kills > 2
+    status, said, complained = scripts.run(command(case, inputs), cwd=tmp_path)
+    assert (status, complained) == (0, "") and said
     assert contents(tmp_path / "out") == wanted
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left)
+
+
+def test_the_best_weights_need_not_be_the_last(whole):
+    """Or the kill tests would not notice if a continued run forgot what the best held-out loss was."""
+    lines = [json.loads(line) for line in whole("sft full bfloat16 accumulated")[0]["metrics.jsonl"].splitlines()]
+    losses = [line["eval/loss"] for line in lines if line["step"] and "eval/loss" in line]
+    assert len(losses) == 3 and losses[0] < losses[-1]
 
 
 # --- signals
