@@ -1,4 +1,7 @@
-"""What a test changes in a script's process before it starts (the `patch` of tests/scripts.py), one function each."""
+"""What a test changes in a script's process before it starts (the `patch` of tests/scripts.py), one function each.
+
+And a reward for train_ppo.py --reward, since an untrained model earns nothing from the scorer.
+"""
 
 import os
 import resource
@@ -63,3 +66,8 @@ def all_end_at_once():
         return [[[eos_id] for _ in range(samples)] for _ in prompts]
 
     sampling.sample = sample
+
+
+def wordy(contexts, questions, types):
+    """The longer the better."""
+    return [len(question) / 100 for question in questions]
