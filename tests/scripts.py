@@ -131,6 +131,8 @@ def preload() -> None:
 
 
 def child(request: dict) -> None:
+    # After a fork PyTorch makes its thread pool anew at the first use, which two threads must not do at once.
+    importlib.import_module("torch").set_num_threads(1)
     for path, number in ((request["out"], 1), (request["err"], 2)):
         os.dup2(os.open(path, os.O_WRONLY), number)
     os.close(0)

@@ -1,5 +1,6 @@
 """make_pairs.py: what it chooses and rejects, and that no kill, fault or order of answers changes or loses a pair."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -374,6 +375,7 @@ class Script:
 
 def play(env: dict, arguments: list[str], output: str, errors: str) -> None:
     """What the forked process does: `python make_pairs.py ARGUMENTS`."""
+    importlib.import_module("torch").set_num_threads(1)  # before there are threads: see child() of scripts.py
     os.environ.clear()
     os.environ.update(env)
     for file, number in ((output, 1), (errors, 2)):
