@@ -45,7 +45,7 @@ FIGURES = {
     "judge/strength": Figure("strength, by the judge", 1, "mean probability of the asked type"),
     "scorer/accuracy": Figure("right type, by the scorer", 1, "the same by the scorer that the stages were trained on"),
     "scorer/strength": Figure("strength, by the scorer", 1, "mean probability of the asked type"),
-    "scorer/reward": Figure("reward", 1, "strength times the scorer's gates: what PPO maximises"),
+    "scorer/reward": Figure("reward", 1, "the strength and the gates of the scorer in one number: what PPO maximises"),
     "api/type": Figure("grade for the type", 1, "1 to 5 by an API model: is it of the asked type?"),
     "api/relevance": Figure("grade for relevance", 1, "1 to 5 by an API model: is it about this very text?"),
     "api/quality": Figure("grade for quality", 1, "1 to 5 by an API model: is it clear, fluent and critical?"),
