@@ -112,6 +112,7 @@ def run_stage():
     from socratiq import losses, training
     from socratiq.batch import make_batch
     from socratiq.data import load_rows, split_by_context
+    from socratiq.diversity import batch_diversity
     from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
     from socratiq.prompts import decode, encode_prompt
     from socratiq.rewards import load_reward
@@ -332,6 +333,7 @@ def run_stage():
             "learning_rate": lr,
             "updates": len(seen),
             **{f"reward/{name}": x.mean() for name, x in parts.items()},
+            **batch_diversity(questions),
         }
         if args.kl_target and finite.all():
             kl_control.update(kl, samples=raw_scores.numel())
