@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 
-.PHONY: demo test lint bench soak clean install
+.PHONY: demo test lint bench soak serve-test clean install
 
 install: $(VENV)/installed
 
@@ -33,6 +33,11 @@ lint: install
 # Kill tests in earnest: at least 100 kills over the four scripts.
 soak: install
 	$(BIN)/python tests/soak.py
+
+# Pairs from a real OpenAI-compatible server, `transformers serve` with the embedded model; adds 25 MB to the venv.
+serve-test: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check fastapi==0.165.0 uvicorn==0.54.0
+	$(BIN)/python -m pytest tests/test_serve.py
 
 # ours beside TRL, which lives in an environment of its own: bench/RESULTS.md
 bench: install
