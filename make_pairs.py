@@ -64,7 +64,12 @@ def parse_arguments(argv: list[str] | None = None):
     )
     strength = cli.number(float, least=0, most=1)
     add = parser.add_argument_group("in and out").add_argument
-    add("--data", default="sample", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    add(
+        "--data",
+        type=cli.source,
+        default="sample",
+        help='"sample", "socratiq", a file, a folder, an address or a Hub id',
+    )
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="judges the questions; fitted on --data if missing")
     add(
         "--policy",
@@ -90,6 +95,12 @@ def parse_arguments(argv: list[str] | None = None):
         default=4,
         metavar="N",
         help="questions asked for per row before it is dropped",
+    )
+    add(
+        "--mirror",
+        action="store_true",
+        help="where the rejected question is surely of another type, it is also the chosen one of that type, with the "
+        "chosen one as rejected: who wrote a question then says less about which is preferred",
     )
     add(
         "--judge",
@@ -379,6 +390,29 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
     return verify
 
 
+def mirrored(jobs: list[Job], scorer, figures, args) -> dict[int, dict]:
+    """By the index of its job, what changes in a pair when it is turned round, for those that can be.
+
+    People write the chosen questions and a model the rejected ones: DPO can tell the two apart by that alone, and then
+    learns nothing about types. In a turned pair the model's question is the better one, being of the type that this
+    pair asks for, by the same thresholds.
+    """
+    if not jobs:
+        return {}
+    found = scorer.strengths([job.context for job in jobs], [job.rejected for job in jobs])  # (N, T)
+    turned = {}
+    for job, strengths in zip(jobs, found, strict=True):
+        score, column = strengths.max(0)
+        type, score = scorer.types[column], score.item()
+        other = figures.strengths[job.index, figures.types.index(type)].item() if type in figures.types else 1.0
+        if type != job.type and score >= args.chosen_min and other <= min(args.rejected_max, score - args.min_gap):
+            turned[job.index] = {
+                "type": type, "chosen": job.rejected, "rejected": job.chosen, "chosen_score": round(score, 4),
+                "rejected_score": round(other, 4), "rejected_type": job.type,
+            }  # fmt: skip
+    return turned
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What goes out
 
@@ -394,6 +428,13 @@ def pair(job: Job, writer: str) -> dict:
         "attempts": len(job.attempts), "writer": writer, "rejected_type": job.attempts[-1]["type"],
         "split": job.split, "source": job.source,
     }  # fmt: skip
+
+
+def turned_round(line: dict, changes: dict) -> dict:
+    """The line of a mirrored pair, from that of the pair."""
+    from socratiq.prompts import build_prompt
+
+    return line | changes | {"prompt": build_prompt(line["context"], changes["type"]), "mirrored": True}
 
 
 def check_output(out: Path, answers: Path) -> None:
@@ -479,11 +520,13 @@ def open_policy(args):
         raise UserError(str(error).replace("--model", "--policy")) from None
 
 
-def open_scorer(args, rows, train):
-    """The scorer of --scorer, or a new one fitted on `train` -> it, and out-of-fold figures of all rows.
+def open_scorer(args, rows):
+    """The scorer of --scorer, or a new one, which sees no held-out text and none of the judge's -> it, and out-of-fold
+    figures of all rows.
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
+    from socratiq.judge import rows_to_learn_from
     from socratiq.scorer import Scorer, cross_validate, open_language_model
 
     there = (Path(args.scorer) / "scorer.json").exists()
@@ -491,7 +534,8 @@ def open_scorer(args, rows, train):
     judge = scorer.settings.get("model", "none") if there else args.judge
     lm = open_language_model(judge, args.device, args.dtype)
     if not there:
-        scorer = Scorer.fit(train, seed=args.seed, lm=lm)
+        learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1]
+        scorer = Scorer.fit(learn_from, seed=args.seed, lm=lm)
     scorer.with_language_model(lm)
     figures = cross_validate(rows, seed=args.seed, lm=lm)
     if not there and not args.dry_run:  # not before: rows that cannot be graded should leave no scorer behind
@@ -517,11 +561,11 @@ def run() -> None:
             "local": f"writer: local, the model in {args.policy}, since OPENAI_API_KEY is not set",
         }[args.writer], flush=True)  # fmt: skip
 
-    # 1. The rows, and which of their texts the trainers hold out. The scorer learns from the other ones only.
+    # 1. The rows, and which of their texts the trainers hold out.
     from socratiq.data import load_rows, split_by_context
 
     rows = load_rows(args.data)
-    train, held_out = split_by_context(rows, args.held_out, args.seed)
+    _, held_out = split_by_context(rows, args.held_out, args.seed)
 
     # 2. The writer, before any long work: a mistake in its arguments should show at once.
     budget = Budget(args.max_requests, args.max_usd, args.usd_per_mtok_in or 0.0, args.usd_per_mtok_out or 0.0)
@@ -552,7 +596,7 @@ def run() -> None:
         )
 
     # 3. (a) Grade every question out of fold; (b) choose.
-    scorer, figures = open_scorer(args, rows, train)
+    scorer, figures = open_scorer(args, rows)
     jobs, dropped = choose(rows, figures.strengths, figures.types, {row.context for row in held_out}, args)
     agreed = sum(rows[job.index].type == job.type for job in jobs)
     print(
@@ -588,7 +632,13 @@ def run() -> None:
     ]
     dropped = [line for _, line in sorted(dropped, key=lambda both: both[0])]
     atomic_write(args.out.with_name(args.out.stem + ".dropped.jsonl"), lines(dropped))
-    atomic_write(args.out, lines(pair(job, writer.name) for job in kept))
+    pairs = [pair(job, writer.name) for job in kept]
+    if args.mirror:
+        turned = mirrored(kept, scorer, figures, args)
+        both = zip(kept, pairs, strict=True)
+        pairs += [turned_round(line, turned[job.index]) for job, line in both if job.index in turned]
+        print(f"{len(turned)} of {len(kept)} pairs also stand the other way round (--mirror)")
+    atomic_write(args.out, lines(pairs))
     summary(args, len(rows), jobs, dropped, writer, budget, paid_before)
 
 

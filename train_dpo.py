@@ -61,6 +61,8 @@ def parse_arguments():
     training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
     cli.add_run_arguments(parser, out="runs/dpo")
     args = parser.parse_args()
+    if args.label_smoothing and args.loss != "sigmoid":
+        parser.error("--label-smoothing: only the sigmoid loss knows it; leave it out, or choose --loss sigmoid")
     args.lr = args.lr or (3e-4 if args.lora_rank else 2e-5)
     return args
 

@@ -31,7 +31,10 @@ def parse_arguments():
     cli.add_model_arguments(parser, model="runs/dpo")
     data = parser.add_argument_group("data and reward")
     data.add_argument(
-        "--data", default="sample", help='whose contexts are asked about: "sample", "socratiq", a file, a folder'
+        "--data",
+        type=cli.source,
+        default="sample",
+        help='whose contexts are asked about: "sample", "socratiq", a file, a folder',
     )
     data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
     data.add_argument("--scorer", default="runs/scorer", help="folder of the scorer that gives the reward")
@@ -92,6 +95,10 @@ def parse_arguments():
     cli.add_run_arguments(parser, out="runs/ppo")
     parser.set_defaults(checkpoint_every=1)
     args = parser.parse_args()
+    if args.batch_size * args.samples_per_prompt >= 5 * args.kl_horizon:
+        parser.error(
+            "--kl-horizon: must be above a fifth of the samples of an iteration, or --kl-coef can turn negative"
+        )
     args.lr = args.lr or (3e-4 if args.lora_rank else 1e-5)
     return args
 

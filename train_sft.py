@@ -27,7 +27,12 @@ def parse_arguments():
     parser = cli.Parser(description="SFT: learn to ask questions from (context, question, type) rows.")
     cli.add_model_arguments(parser, model="smollm2")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="sample", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    data.add_argument(
+        "--data",
+        type=cli.source,
+        default="sample",
+        help='"sample", "socratiq", a file, a folder, an address or a Hub id',
+    )
     data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
     data.add_argument(
         "--eval-rows", type=cli.count, default=128, metavar="ROWS", help="at most so many held-out rows are evaluated"

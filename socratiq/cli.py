@@ -57,6 +57,13 @@ count = number(int, least=1)
 count_or_none = number(int, least=0)
 
 
+def source(text: str) -> str:
+    """An argument type: what --data takes. An address with a password is refused: arguments are written into files."""
+    if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
+        raise argparse.ArgumentTypeError("an address must not hold a name or password; download the file and name that")
+    return text
+
+
 def add_run_arguments(parser: Parser, out: str) -> None:
     """The arguments that every training stage has."""
     group = parser.add_argument_group("run")

@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None = None):
     models.add_argument("--scorer", metavar="FOLDER", help="default: scorer in that folder, fitted there if missing")
     models.add_argument("--judge", metavar="FOLDER", help="default: judge in that folder, likewise")
     data = parser.add_argument_group("texts; what is not given here is as it was when --sft was trained")
-    data.add_argument("--data", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    data.add_argument("--data", type=cli.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
     data.add_argument("--held-out", type=cli.fraction, metavar="SHARE", help="share of texts held out")
     data.add_argument("--seed", type=cli.count_or_none, metavar="N", help="seed of that split and of the questions")
     data.add_argument("--limit", type=cli.count, default=16, metavar="TEXTS", help="at most so many held-out texts")
@@ -169,16 +169,14 @@ def choose_tasks(rows, held_out_rows, limit: int, seed: int) -> list:
     ]
 
 
-def load_classifiers(args, train_rows, types: list[str]) -> dict:
-    """{"judge": Judge, "scorer": Scorer}, each fitted on training texts, the judge on its share, if it is not there."""
-    from socratiq.judge import Judge, judge_split
+def load_classifiers(args, rows, types: list[str]) -> dict:
+    """{"judge": Judge, "scorer": Scorer}, each fitted on its share of the training texts if it is not there."""
+    from socratiq.judge import Judge, rows_to_learn_from
     from socratiq.scorer import Scorer
 
-    judge_rows = judge_split(train_rows)[0]
-    if not set(types) <= {row.type for row in judge_rows}:  # too few texts to set some aside
-        judge_rows = train_rows
+    judge_rows, scorer_rows = rows_to_learn_from(rows, args.held_out, args.seed)
     found = {}
-    for name, kind, rows in (("judge", Judge, judge_rows), ("scorer", Scorer, train_rows)):
+    for name, kind, rows in (("judge", Judge, judge_rows), ("scorer", Scorer, scorer_rows)):
         folder = getattr(args, name)
         if name == "judge" and folder == "none":
             continue
@@ -270,11 +268,11 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.training import generator
 
     rows = load_rows(args.data)
-    train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)
+    _, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     tasks = choose_tasks(rows, held_out_rows, args.limit, args.seed)
     cli.check(bool(tasks), f"{args.data}: no text is held out; raise --held-out, or give more than one text")
     contexts, types = list(dict.fromkeys(task.context for task in tasks)), list(dict.fromkeys(t.type for t in tasks))
-    classifiers = load_classifiers(args, train_rows, types)
+    classifiers = load_classifiers(args, rows, types)
     for reason in skipped:
         print(f"left out: {reason}")
     print(f"{len(contexts)} held-out texts of {args.data}, {len(types)} types, {len(models)} models", flush=True)

@@ -3,8 +3,10 @@
     python -m socratiq.judge --data sample --out runs/judge
 
 A policy that has learnt to please the scorer need not please anybody else. The judge is what it never met: fitted on
-its own rows (`judge_split`), it reads runs of characters, not words; knows which words a question begins with; takes
-no more notice of a long question than of a short one; and is fitted by least squares, not by likelihood.
+the texts that the scorer did not see (`rows_to_learn_from`), it reads runs of characters, not words; knows which words
+a question begins with; takes no more notice of a long question than of a short one; and is fitted by least squares, not
+by likelihood. SFT sees the judge's texts, as it sees all that are not held out; no reward and no verdict comes from
+them.
 """
 
 import argparse
@@ -15,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from socratiq import gates
+from socratiq import cli, gates
 from socratiq.errors import UserError
 from socratiq.errors import main as run_main
 from socratiq.grading import cross_validate, place
@@ -28,12 +30,25 @@ SHARE = 0.4  # of the texts that `judge_split` gives to the judge
 
 
 def judge_split(rows, share: float = SHARE) -> tuple[list, list]:
-    """Rows for the judge, about `share` of the texts, and the rows left for every other stage; no text is in both.
+    """Rows for the judge, about `share` of the texts, and rows for the scorer that gives rewards; no text is in both.
 
     A hash of the text decides, so that adding rows moves no others, and folds and held-out texts are independent of it.
     """
     chosen = {c for c in {r.context for r in rows} if zlib.crc32(f"judge {place(c)}".encode()) < share * 2**32}
     return [r for r in rows if r.context in chosen], [r for r in rows if r.context not in chosen]
+
+
+def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
+    """The rows that judge and scorer are fitted on: neither sees a held-out text, nor a text of the other one.
+
+    With too few texts for both to meet every type, both get all that are not held out.
+    """
+    from socratiq.data import split_by_context
+
+    train = split_by_context(rows, held_out, seed)[0]
+    parts = judge_split(train)
+    types = {row.type for row in train}
+    return parts if all({row.type for row in part} == types for part in parts) else (train, train)
 
 
 def pieces(question: str) -> list[int]:
@@ -116,12 +131,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m socratiq.judge", description=about)
     parser.add_argument("--data", default="sample", help="rows of context, question and type (default: %(default)s)")
     parser.add_argument("--out", default="runs/judge", help="folder of the judge (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=SHARE, help="of the texts, 1 for all (default: %(default)s)")
+    parser.add_argument(
+        "--held-out", type=cli.fraction, default=0.1, help="share of texts kept for evaluation (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of that split (default: %(default)s)")
     args = parser.parse_args()
 
     from socratiq.data import load_rows
 
-    rows = judge_split(load_rows(args.data), args.share)[0]
+    rows = rows_to_learn_from(load_rows(args.data), args.held_out, args.seed)[0]
     judge = Judge.fit(rows)
     print(cross_validate(Judge.fit, rows))
     judge.save(args.out)

@@ -35,7 +35,11 @@ def sample(
         on_token: called with (index of the sample, token id) as tokens are drawn, for streaming.
     Returns:
         completions[b][k], token ids up to and including EOS where one was drawn within `max_new_tokens`.
+    Raises:
+        UserError: the longest prompt and `max_new_tokens` are more tokens than the model has positions.
     """
+    longest = max(map(len, prompts))
+    policy.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}")
     # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
     with torch.no_grad(), policy.precision():
         return _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)

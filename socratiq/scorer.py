@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from socratiq import gates, grading
+from socratiq import cli, gates, grading
 from socratiq.diversity import batch_diversity, diversity_factor  # noqa: F401  (part of the scorer's interface)
 from socratiq.errors import UserError
 from socratiq.errors import main as run_main
@@ -266,23 +266,34 @@ def main() -> None:
     parser.add_argument(
         "--model", default="none", help="language model for the second layer, such as smollm2 (default: none)"
     )
+    parser.add_argument(
+        "--held-out",
+        type=cli.fraction,
+        default=0.0,
+        metavar="SHARE",
+        help="0.1 fits it as make_pairs.py does: without the texts held out for evaluation and without the judge's; "
+        "0 fits it on all rows (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="of that split (default: %(default)s)")
     parser.add_argument("--folds", type=int, default=5, help="of the cross-validation by text (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     args = parser.parse_args()
 
     from socratiq.data import load_rows
+    from socratiq.judge import rows_to_learn_from
 
     rows = load_rows(args.data)
     lm = open_language_model(args.model, args.device, args.dtype)
-    scorer = Scorer.fit(rows, lm=lm)
+    learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1] if args.held_out else rows
+    scorer = Scorer.fit(learn_from, lm=lm)
     for warning in scorer.warnings[:SHOWN]:
         print(f"warning: {warning}")
     if len(scorer.warnings) > SHOWN:
         print(f"warning: and {len(scorer.warnings) - SHOWN} more of this kind")
     print(cross_validate(rows, args.folds, lm=lm))
     scorer.save(args.out)
-    print(f"\nscorer of {len(rows)} rows, fitted on all of them, in {args.out}")
+    print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
 
 
 if __name__ == "__main__":

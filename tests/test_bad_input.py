@@ -411,6 +411,12 @@ ARGUMENTS = [  # before anything slow is imported
     (["train_dpo", "--beta", "0"], "argument --beta: must be above 0, not 0 (see train_dpo.py --help)"),
     (["train_dpo", "--beta", "inf"], "argument --beta: must be finite, not inf (see train_dpo.py --help)"),
     (["train_dpo", "--label-smoothing", "0.5"], "argument --label-smoothing: must be below 0.5, not 0.5 (...)"),
+    (
+        ["train_dpo", "--label-smoothing", "0.1", "--loss", "ipo"],
+        "--label-smoothing: only the sigmoid loss knows it;...",
+    ),
+    (["train_sft", "--data", "https://me:secret@host/rows.csv"], "argument --data: an address must not hold a name..."),
+    (["train_ppo", "--kl-horizon", "10"], "--kl-horizon: must be above a fifth of the samples of an iteration,..."),
     (["train_dpo", "--loss", "kto"], "argument --loss: invalid choice: 'kto' (...) (see train_dpo.py --help)"),
     (["train_ppo", "--temperature", "0"], "argument --temperature: must be above 0, not 0 (see train_ppo.py --help)"),
     (["train_ppo", "--samples-per-prompt", "0"], "argument --samples-per-prompt: must be at least 1, not 0 (...)"),

@@ -135,6 +135,39 @@ def test_choose():
     assert "--chosen-min" in reasons[6]
 
 
+def test_pairs_that_can_be_turned_round():
+    import torch
+
+    class FixedScorer:
+        types = TYPES
+
+        def strengths(self, contexts, questions):
+            return torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.39, 0.1], [0.1, 0.8, 0.1], [0.7, 0.1, 0.1]])
+
+    jobs = jobs_of(4)
+    for job in jobs:
+        job.type, job.rejected = "Analogy", f"Clear {job.index}?"
+
+    class Graded:  # the chosen questions, out of fold: the third is also of the other type
+        types = TYPES
+        strengths = torch.tensor([[0.9, 0.05, 0.1], [0.9, 0.05, 0.1], [0.9, 0.3, 0.1], [0.9, 0.1, 0.1]])
+
+    args = make_pairs.parse_arguments(["--writer", "local", "--mirror"])
+    turned = make_pairs.mirrored(jobs, FixedScorer(), Graded, args)
+    assert list(turned) == [0]
+    assert turned[0] == {
+        "type": TYPES[1], "chosen": "Clear 0?", "rejected": jobs[0].chosen, "chosen_score": 0.8, "rejected_score": 0.05,
+        "rejected_type": "Analogy",
+    }  # fmt: skip
+    jobs[0].attempts = [{"question": "Clear 0?", "score": 0.1, "flaw": "", "type": "Clarity"}]
+    line = make_pairs.pair(jobs[0], "local")
+    both = make_pairs.turned_round(line, turned[0])
+    assert list(both)[: len(line)] == list(line) and both["mirrored"]
+    assert both["chosen"] == line["rejected"] and both["rejected"] == line["chosen"]
+    assert TYPES[1] in both["prompt"] and TYPES[1] not in line["prompt"]
+    assert make_pairs.mirrored([], FixedScorer(), Graded, args) == {}
+
+
 def test_limit_and_shards_take_the_same_rows_again():
     jobs = [job for job in jobs_of(200)]
     for job in jobs:

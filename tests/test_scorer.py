@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from socratiq import gates, grading, logistic
 from socratiq import judge as judge_module
 from socratiq import scorer as scorer_module
-from socratiq.data import Row, load_rows
+from socratiq.data import Row, load_rows, split_by_context
 from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
-from socratiq.judge import Judge, judge_split
+from socratiq.judge import Judge, judge_split, rows_to_learn_from
 from socratiq.judge import pieces as judge_pieces
 from socratiq.language_model import Alone, LanguageModel
 from socratiq.scorer import Scorer, cross_validate
@@ -612,6 +612,17 @@ def test_judge_rows_and_others_share_no_text():
     assert judge_split(rows[::-1])[0] == mine[::-1]  # order plays no part
     assert set(judge_split(rows[:200])[0]) <= set(mine)  # more rows move none
     assert judge_split(rows, 1.0) == (rows, []) and judge_split(rows, 0.0) == ([], rows)
+
+
+def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_ones():
+    rows = load_rows("sample")
+    held_out = {r.context for r in split_by_context(rows, 0.2, 3)[1]}
+    for_judge, for_scorer = rows_to_learn_from(rows, 0.2, 3)
+    seen = [{r.context for r in part} for part in (for_judge, for_scorer)]
+    assert not seen[0] & seen[1] and not (seen[0] | seen[1]) & held_out
+    assert len(seen[0] | seen[1]) + len(held_out) == len({r.context for r in rows})
+    few = [r for r in rows if r.context in sorted(seen[1])[:2]]
+    assert rows_to_learn_from(few, 0.0, 0) == (few, few)
 
 
 def test_the_judge_judges(tmp_path):
