@@ -47,6 +47,11 @@ def parse_arguments():
     data.add_argument(
         "--missing-eos-penalty", type=cli.not_negative, default=1.0, help="taken off the score without an end"
     )
+    data.add_argument(
+        "--diversity",
+        action="store_true",
+        help="pay less for a question that repeats others of the same batch (socratiq/diversity.py)",
+    )
     rollout = parser.add_argument_group("rollout")
     rollout.add_argument("--batch-size", type=cli.count, default=16, metavar="PROMPTS", help="prompts per iteration")
     rollout.add_argument("--samples-per-prompt", type=cli.count, default=4, metavar="K", help="questions per prompt")
@@ -119,7 +124,7 @@ def run_stage():
     from socratiq import losses, training
     from socratiq.batch import make_batch
     from socratiq.data import load_rows, split_by_context
-    from socratiq.diversity import batch_diversity
+    from socratiq.diversity import batch_diversity, diversity_factor
     from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
     from socratiq.prompts import decode, encode_prompt
     from socratiq.rewards import load_reward
@@ -275,6 +280,9 @@ def run_stage():
         everything = make_batch([[0]] * len(prompts), completions).to(policy.device)
         tokens, mask = everything.tokens, everything.mask  # (B, K, C)
         raw_scores = raw_scores.to(policy.device)
+        if args.diversity:
+            parts["diversity"] = torch.tensor(diversity_factor(questions)).view_as(raw_scores)
+            raw_scores = raw_scores * parts["diversity"].to(policy.device)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
 
         # 4. Log-probs of policy and reference, values.

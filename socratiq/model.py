@@ -98,7 +98,8 @@ class Policy(nn.Module):
         watching = not torch.is_grad_enabled()
 
         def score(hidden, tokens):
-            logits = self.lm.lm_head(hidden) / temperature  # (chunk, V)
+            logits = self.lm.lm_head(hidden)  # (chunk, V)
+            logits = logits if temperature == 1 else logits / temperature  # a whole pass over the largest tensor
             return gather_logprobs(logits, tokens), entropy(logits) if watching else None
 
         chunks = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK), strict=True))

@@ -194,6 +194,8 @@ def once_nan(contexts, questions, types):
     return rewards[:-1] + [math.nan] if calls == 3 else rewards
 def infinite(contexts, questions, types):
     return [math.inf] * len(questions)
+def one(contexts, questions, types):
+    return [1.0] * len(questions)
 def huge(contexts, questions, types):
     return [3e38 * (-1) ** i for i, question in enumerate(questions)]
 """
@@ -218,6 +220,16 @@ def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path)
         assert [line["updates"] for line in steps] == [4, 0, 4]
         assert steps[2]["objective/kl_coef"] == steps[1]["objective/kl_coef"] != steps[0]["objective/kl_coef"]
         assert "NaN" not in (tmp_path / "out" / "samples.jsonl").read_text()
+
+
+def test_repetition_costs_with_diversity(scripts, inputs, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    arguments = [*command("ppo", inputs), "--reward", "rewards:one", "--diversity", "--max-new-tokens", "2"]
+    status, _, complained = scripts.run(arguments, cwd=tmp_path)
+    assert (status, complained) == (0, "")
+    for line in metrics(tmp_path / "out")[1:]:
+        assert line["objective/scores"] == pytest.approx(line["reward/diversity"])
+        assert line["objective/scores"] < 1 or line["diversity/near_duplicates"] == 0
 
 
 def test_weights_that_run_away(scripts, inputs, tmp_path):
