@@ -68,10 +68,12 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Loss",
             (Curve("loss", "training", "sft"), Curve("eval/loss", "held out", "held")),
-            "Cross-entropy per question token, in nats: how surprised the model is by the human question.",
+            "Cross-entropy per question token, in nats: how surprised the model is by the human question (shaded: "
+            "something was learnt, and not all by heart).",
             "Falls fast for some dozen updates, then slowly. The held-out dots follow at a small distance.",
             "The held-out dots turn up while training goes on falling: it learns by heart; fewer --epochs. "
             "Leaps: lower --lr.",
+            near_start("eval/loss", 0.4, 0.95),
         ),
         Chart(
             "Held-out perplexity",
@@ -79,6 +81,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "exp(held-out loss): among how many equally likely tokens the model is undecided, on average.",
             "A fraction of what it was before the first update. Human questions keep it well above 1.",
             "Unchanged: nothing was learned (learning rate, labels). Near 1: a held-out text was trained on.",
+            near_start("eval/perplexity", 0.05, 0.8),
             floor=1,
         ),
         GRADIENT,
@@ -101,7 +104,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Stuck at 50%: the pairs carry no signal. 100% at once: they differ in something trivial, such as length.",
             (0.7, 0.95),
             (0.5, "coin toss"),
-            since=1,  # at step 0 every pair is a draw
+            since=2,  # up to the first update every pair is a draw
         ),
         Chart(
             "Margin",
@@ -115,11 +118,13 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Rewards",
             (Curve("rewards/chosen", "chosen", "dpo"), Curve("rewards/rejected", "rejected", "second")),
-            "beta times log(policy / reference) of each question: above 0 is likelier than it was before DPO.",
+            "beta times log(policy / reference) of each question: above 0 is likelier than it was before DPO (shaded: "
+            "where the chosen one should stay).",
             "Rejected falls; chosen stays near 0 or rises.",
             "Both fall and chosen merely falls less, the well-known drift: the model forgets good questions too; "
             "add --sft-coef 0.1, or a higher --beta.",
-            mark=(0.0, "as before DPO"),
+            (-1, math.inf),
+            (0.0, "as before DPO"),
         ),
         Chart(
             "Log-probabilities",
@@ -135,10 +140,12 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Score",
             (Curve("objective/scores", "training", "ppo"), Curve("eval/scores", "held out", "held")),
-            "Mean reward of the questions of each rollout, by the scorer, before the price of KL.",
+            "Mean reward of the questions of each rollout, by the scorer, before the price of KL (shaded: above "
+            "the start).",
             "Rises and flattens; the held-out dots rise with it.",
             "Flat: learning rate too low or KL too dear. Rises while questions get odd: the scorer is being gamed. "
             "Read the questions below.",
+            lambda first, args: (first.get("objective/scores", 0.0), math.inf),
             floor=0,
         ),
         Chart(
@@ -151,9 +158,11 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
                 Curve("reward/order", "word order", "second"),
                 Curve("reward/fluency", "fluency", "held"),
             ),
-            "The factors of the reward. Strength is the probability of the asked type; the others are gates.",
+            "The factors of the reward. Strength is the probability of the asked type; the others are gates (shaded: "
+            "where nearly all human questions have them).",
             "Strength rises, the gates stay near 1.",
             "A gate falls while strength rises: the policy trades sense for cue words.",
+            (0.7, 1),
             floor=1,
         ),
         Chart(
@@ -177,7 +186,8 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Clip fraction",
             (Curve("policy/clipfrac", "policy", "ppo"), Curve("val/clipfrac", "value", "second")),
-            "Share of tokens whose ratio left 1 ± --clip, where the gradient is cut off.",
+            "Share of tokens on which the clip decides: the ratio left 1 ± --clip on the side where the "
+            "gradient is cut off.",
             "Between 0.01 and 0.25.",
             "Near 0: hardly anything is updated. Above 0.3: steps too long; lower --lr or --ppo-epochs.",
             (0.01, 0.25),
@@ -242,9 +252,10 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Value loss",
             (Curve("val/loss", "value head", "second"),),
-            "Half the squared error of the value head, clipped.",
+            "Half the squared error of the value head, clipped (shaded: below the start).",
             "Falls in the first iterations, then stays low.",
             "Grows: see Explained variance.",
+            near_start("val/loss", 0, 1),
             floor=0,
         ),
         GRADIENT,
