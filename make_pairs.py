@@ -152,9 +152,24 @@ def parse_arguments(argv: list[str] | None = None):
     if args.rejected_max > args.chosen_min:
         parser.error(f"--rejected-max {args.rejected_max}: must not be above --chosen-min {args.chosen_min}")
     args.out = Path(args.out)
+    if not args.shard and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        share_out(parser, args)
     if args.shard:
         args.out = args.out.with_name(f"{args.out.stem}.{args.shard[0]}of{args.shard[1]}{args.out.suffix}")
     return args
+
+
+def share_out(parser, args) -> None:
+    """Under torchrun every process makes one part, on a GPU of its own; they need not talk to each other."""
+    if not (Path(args.scorer) / "scorer.json").exists():  # all of them would fit and write it at the same time
+        fit = f"--data {args.data} --held-out {args.held_out} --seed {args.seed} --out {args.scorer}"
+        parser.error(f"--scorer {args.scorer}: not there; before torchrun, fit it: python -m socratiq.scorer {fit}")
+    args.shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
+    if args.device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
 
 def shard(text: str) -> tuple[int, int]:
