@@ -22,6 +22,7 @@ torch.distributed is not imported.
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import sys
 import warnings
@@ -76,14 +77,30 @@ def share(items) -> list:
 
 
 def collect(items: list) -> list:
-    """The way back: every process's share, in the order from which they were dealt. Items must pickle."""
+    """The way back: every process's share, in the order from which they were dealt. Items are tensors, or JSON."""
     if _world == 1:
         return items
+    shares = _exchange(items)
+    return [shares[i % _world][i // _world] for i in range(sum(map(len, shares)))]
+
+
+def _exchange(value) -> list:
+    """Every process's value, by rank. It travels as JSON, since PyTorch's own way for objects would pickle it."""
+    import torch
     import torch.distributed as dist
 
-    shares = [None] * _world
-    dist.all_gather_object(shares, items)
-    return [shares[i % _world][i // _world] for i in range(sum(map(len, shares)))]
+    def pack(x):  # floats come back as they were: Python writes as many digits as that takes
+        return {"tensor": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
+
+    def unpack(x):
+        return torch.tensor(x["tensor"], dtype=getattr(torch, x["dtype"])) if x.keys() == {"tensor", "dtype"} else x
+
+    data = json.dumps(value, default=pack).encode()
+    data = data.ljust(most(len(data)))  # all of one length; JSON allows for blanks at the end
+    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    everyones = [torch.empty_like(mine) for _ in range(_world)]
+    dist.all_gather(everyones, mine)
+    return [json.loads(theirs.numpy().tobytes(), object_hook=unpack) for theirs in everyones]
 
 
 def all_sum(x):
@@ -117,18 +134,16 @@ def first(function):
     """What `function()` returns, or the UserError it raises, in the first process; the others do not run it."""
     if _world == 1:
         return function()
-    import torch.distributed as dist
-
-    said = [None]
+    result, error = None, None
     if _rank == 0:
         try:
-            said = [function()]
-        except UserError as error:
-            said = [error]
-    dist.broadcast_object_list(said, src=0)
-    if isinstance(said[0], UserError):
-        raise said[0]
-    return said[0]
+            result = function()
+        except UserError as raised:
+            error = str(raised)
+    result, error = _exchange([result, error])[0]
+    if error is not None:
+        raise UserError(error)
+    return result
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
