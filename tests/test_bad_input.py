@@ -487,6 +487,11 @@ RUNS = [
         "--model other: GPT2LMHeadModel has no .model trunk and .lm_head; use a Llama-like model",
     ),
     ([*SFT, "--model", "remote"], "--model remote: no model that can be read (...)"),
+    (
+        [*SFT, "--load-in-4bit", "--lora-rank", "0"],
+        "--load-in-4bit: weights of 4 bits cannot be trained; use adapters (--lora-rank above 0)",
+    ),
+    ([*DPO, "--load-in-4bit"], "--load-in-4bit needs bitsandbytes: pip install bitsandbytes"),
     ([*PPO, "--lora-rank", "9999"], "--lora-rank 9999: above the model's width of 64; 8 to 64 are usual"),
     (
         [*PAIRING, "--policy", "pickled"],
@@ -594,6 +599,7 @@ def test_bad_arguments(monkeypatch, capsys, argv, expected):
 def test_bad_runs(workshop, monkeypatch, capsys, argv, expected):
     monkeypatch.chdir(workshop)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed, even where it is
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     before = contents(workshop)
     out = [] if "--out" in argv else ["--out", "out.jsonl" if argv[0] == "make_pairs" else "out"]

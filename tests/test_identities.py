@@ -8,7 +8,7 @@ from small import EOS, small_lm, small_policy, small_rows, stir
 
 from socratiq.batch import make_batch
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
-from socratiq.model import token_logprobs
+from socratiq.model import load_policy, token_logprobs
 from socratiq.sampling import sample
 
 
@@ -143,6 +143,28 @@ def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(lora_rank):
     for loss, gradient in runs[1:]:
         close(loss, runs[0][0], 1e-6)
         close(gradient, runs[0][1], 1e-6)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(lora_rank):
+    prompts, completions = small_rows(samples=2)
+    batch = make_batch(prompts, completions)
+    losses, gradient, passes = [], [], []
+    for grad_checkpoint in (False, True):
+        policy = load_policy("tiny", "cpu", "float32", lora_rank, value_head=True, grad_checkpoint=grad_checkpoint)
+        stir(policy)  # adapters as they begin would leave half of the gradients zero
+        ran = []
+        policy.lm.model.layers[0].self_attn.register_forward_hook(lambda *_, ran=ran: ran.append(1))
+        out = token_logprobs(policy, batch)
+        loss = sft_loss(out["logprobs"], batch.mask) + masked_mean(out["values"].square(), batch.mask)
+        loss.backward()
+        losses.append(loss.detach())
+        gradient.append(gradients(policy))
+        passes.append(len(ran))
+    assert passes == [1, 2], "with checkpointing a layer runs once more, in the backward pass"
+    assert gradient[0].norm() > 0.1
+    close(losses[1], losses[0], 1e-6)
+    close(gradient[1], gradient[0], 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- the first step
