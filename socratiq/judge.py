@@ -2,14 +2,21 @@
 
     python -m socratiq.judge --data sample --out runs/judge
 
-A policy that has learnt to please the scorer need not please anybody else. The judge is what it never met: fitted on
-the texts that the scorer did not see (`rows_to_learn_from`), it reads runs of characters, not words; knows which words
-a question begins with; takes no more notice of a long question than of a short one; and is fitted by least squares, not
-by likelihood. SFT sees the judge's texts, as it sees all that are not held out; no reward and no verdict comes from
-them.
+A policy that has learnt to please the scorer need not please anybody else. The judge is what it never met: it reads
+runs of characters, not words; knows which words a question begins with; takes no more notice of a long question than of
+a short one; and is fitted by least squares, not by likelihood.
+
+Who learns from which texts (`rows_to_learn_from`): the held-out ones are seen by nobody. The judge has a share of the
+training texts, and the saved scorer, which verifies rejected questions and gives PPO its reward, has the other share.
+All training texts, the judge's too, are seen by the policy in SFT, DPO and PPO, and by the graders with which
+make_pairs.py chooses questions, none of which grades a text that it has seen.
 """
 
-import argparse
+if __name__ == "__main__":  # from a file of its own, so that --help need not wait for torch
+    from socratiq import errors, fit
+
+    raise SystemExit(errors.main(fit.fit_judge))
+
 import json
 import zlib
 from pathlib import Path
@@ -17,10 +24,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from socratiq import cli, gates
+from socratiq import gates
 from socratiq.errors import UserError
-from socratiq.errors import main as run_main
-from socratiq.grading import cross_validate, place
+from socratiq.grading import place
 from socratiq.logistic import minimise
 
 BUCKETS = 2**14
@@ -124,27 +130,3 @@ class Judge:
             raise UserError(
                 f"{folder}: no judge that can be read ({error}); fit one with python -m socratiq.judge --out {folder}"
             ) from None
-
-
-def main() -> None:
-    about = "Fit the judge on its share of the texts, and say by cross-validation how good it is."
-    parser = argparse.ArgumentParser(prog="python -m socratiq.judge", description=about)
-    parser.add_argument("--data", default="sample", help="rows of context, question and type (default: %(default)s)")
-    parser.add_argument("--out", default="runs/judge", help="folder of the judge (default: %(default)s)")
-    parser.add_argument(
-        "--held-out", type=cli.fraction, default=0.1, help="share of texts kept for evaluation (default: %(default)s)"
-    )
-    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of that split (default: %(default)s)")
-    args = parser.parse_args()
-
-    from socratiq.data import load_rows
-
-    rows = rows_to_learn_from(load_rows(args.data), args.held_out, args.seed)[0]
-    judge = Judge.fit(rows)
-    print(cross_validate(Judge.fit, rows))
-    judge.save(args.out)
-    print(f"\njudge of {len(rows)} rows, fitted on all of them, in {args.out}")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -31,11 +31,11 @@ class Reward:
         return rewards, parts
 
 
-def load_reward(name: str | None, scorer_folder: str, policy, tokenizer) -> Reward:
+def load_reward(name: str | None, scorer_folder: str, device: str = "auto", dtype: str = "auto") -> Reward:
     """The scorer's reward, or `module:function` found from the folder one is in. Raises UserError if there is none."""
     scorer = Scorer.load(scorer_folder)
     if name is None:
-        scorer.with_language_model(open_language_model(scorer.settings.get("model", "none")))
+        scorer.with_language_model(open_language_model(scorer.settings.get("model", "none"), device, dtype))
         return Reward(scorer.graded, scorer.types)
     module_name, colon, function_name = name.partition(":")
     if not colon:

@@ -12,22 +12,23 @@ questions. The root of the strength, because whoever games a classifier gets str
 while honest questions that are merely hard to classify are worth more. Rows labelled `others` are negatives.
 """
 
-import argparse
+if __name__ == "__main__":  # from a file of its own, so that --help need not wait for torch
+    from socratiq import errors, fit
+
+    raise SystemExit(errors.main(fit.fit_scorer))
+
 import json
 from pathlib import Path
 
 import torch
 
-from socratiq import cli, gates, grading
-from socratiq.diversity import batch_diversity, diversity_factor  # noqa: F401  (part of the scorer's interface)
+from socratiq import gates, grading
 from socratiq.errors import UserError
-from socratiq.errors import main as run_main
 from socratiq.grading import Figures, contradictions, place
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 
 GATES = ("form", "originality", "order", "relatedness", "fluency")
 CALIBRATION_PARTS = 3
-SHOWN = 3  # warnings
 L2_RELATED = 1e-3
 DOUBT = (1.2, 1.5)  # relatedness is sigmoid(1.2 log-odds + 1.5): sharper, and in doubt for the question
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
@@ -119,12 +120,6 @@ class Scorer:
         by_ngrams = self.by_ngrams(questions)
         return by_ngrams if self.lm is None else (by_ngrams * self.by_probe(questions)).sqrt()
 
-    def is_not(self, context: str, question: str, type: str, rejected_max: float) -> bool:
-        """Whether n-grams, and with a language model the probe too, hold that the question is not of the type."""
-        column = self._column(type)
-        opinions = [self.by_ngrams([question])] + ([self.by_probe([question])] if self.lm is not None else [])
-        return all(opinion[0, column].item() <= rejected_max for opinion in opinions)
-
     # --- reward -----------------------------------------------------------------------------------------------------
 
     def evidence(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
@@ -202,11 +197,8 @@ class Scorer:
             "counts": torch.tensor([self.order.counts[g] for g in grams]),
         }
         settings = {"types": self.types, **self.settings, "order": list(self.order.ramp), "words": self.order.total}
-        settings |= {
-            "vocabulary": sorted(self.order.vocabulary),
-            "rarest": self.overlap.rarest,
-            "idf": self.overlap.idf,
-        }
+        settings |= {"vocabulary": sorted(self.order.vocabulary)}
+        settings |= {"rarest": self.overlap.rarest, "idf": self.overlap.idf}
         atomic_write(
             Path(folder) / "scorer.safetensors",
             save({k: v if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}),
@@ -252,49 +244,8 @@ def open_language_model(name: str, device: str = "auto", dtype: str = "auto"):
     if name == "none":
         return None
     from socratiq.language_model import LanguageModel
-    from socratiq.model import load_policy, load_tokenizer
+    from socratiq.model import load_policy, load_tokenizer, pick_device
 
-    return LanguageModel(load_policy(name, device, dtype, trainable=False), load_tokenizer(name), name)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m socratiq.scorer", description="Fit the scorer, and say how good it is."
-    )
-    parser.add_argument("--data", default="sample", help="rows of context, question and type (default: %(default)s)")
-    parser.add_argument("--out", default="runs/scorer", help="folder of the scorer (default: %(default)s)")
-    parser.add_argument(
-        "--model", default="none", help="language model for the second layer, such as smollm2 (default: none)"
-    )
-    parser.add_argument(
-        "--held-out",
-        type=cli.fraction,
-        default=0.0,
-        metavar="SHARE",
-        help="0.1 fits it as make_pairs.py does: without the texts held out for evaluation and without the judge's; "
-        "0 fits it on all rows (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="of that split (default: %(default)s)")
-    parser.add_argument("--folds", type=int, default=5, help="of the cross-validation by text (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    args = parser.parse_args()
-
-    from socratiq.data import load_rows
-    from socratiq.judge import rows_to_learn_from
-
-    rows = load_rows(args.data)
-    lm = open_language_model(args.model, args.device, args.dtype)
-    learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1] if args.held_out else rows
-    scorer = Scorer.fit(learn_from, lm=lm)
-    for warning in scorer.warnings[:SHOWN]:
-        print(f"warning: {warning}")
-    if len(scorer.warnings) > SHOWN:
-        print(f"warning: and {len(scorer.warnings) - SHOWN} more of this kind")
-    print(cross_validate(rows, args.folds, lm=lm))
-    scorer.save(args.out)
-    print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
-
-
-if __name__ == "__main__":
-    run_main(main)
+    policy = load_policy(name, device, dtype, trainable=False)
+    policy.lm.to(pick_device(device))  # of several processes each has one of its own
+    return LanguageModel(policy, load_tokenizer(name), name)

@@ -1,0 +1,67 @@
+"""The command lines of scorer and judge: fit it, say by cross-validation how good it is, save it.
+
+    python -m socratiq.scorer --help
+    python -m socratiq.judge --help
+
+They stand apart from scorer.py and judge.py, so that help and mistyped arguments need not wait for torch.
+"""
+
+from socratiq import cli
+
+SHOWN = 3  # warnings
+
+
+def parser_of(name: str, description: str, held_out: float, help: str) -> cli.Parser:
+    """What both are told: the rows, the folder, the split, the folds."""
+    parser = cli.Parser(prog=f"python -m socratiq.{name}", description=description)
+    parser.add_argument("--data", type=cli.source, default="sample", help="rows of context, question and type")
+    parser.add_argument("--out", default=f"runs/{name}", metavar="FOLDER", help=f"folder of the {name}")
+    parser.add_argument("--held-out", type=cli.fraction, default=held_out, metavar="SHARE", help=help)
+    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of that split")
+    parser.add_argument("--folds", type=cli.number(int, least=2), default=5, help="of the cross-validation by text")
+    return parser
+
+
+def fit_scorer(argv: list[str] | None = None) -> None:
+    parser = parser_of(
+        "scorer",
+        "Fit the scorer, and say how good it is.",
+        held_out=0.0,
+        help="0.1 fits it as make_pairs.py does, without the texts held out for evaluation and without the judge's; "
+        "0 fits it on all rows",
+    )
+    parser.add_argument("--model", default="none", help="language model for the second layer, such as smollm2")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what is fast")
+    args = parser.parse_args(argv)
+
+    from socratiq.data import load_rows
+    from socratiq.judge import rows_to_learn_from
+    from socratiq.scorer import Scorer, cross_validate, open_language_model
+
+    rows = load_rows(args.data)
+    lm = open_language_model(args.model, args.device, args.dtype)
+    learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1] if args.held_out else rows
+    scorer = Scorer.fit(learn_from, lm=lm)
+    for warning in scorer.warnings[:SHOWN]:
+        print(f"warning: {warning}")
+    if len(scorer.warnings) > SHOWN:
+        print(f"warning: and {len(scorer.warnings) - SHOWN} more of this kind")
+    print(cross_validate(rows, args.folds, lm=lm))
+    scorer.save(args.out)
+    print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
+
+
+def fit_judge(argv: list[str] | None = None) -> None:
+    description = "Fit the judge on its share of the texts, and say by cross-validation how good it is."
+    args = parser_of("judge", description, held_out=0.1, help="share of the texts kept for evaluation").parse_args(argv)
+
+    from socratiq.data import load_rows
+    from socratiq.grading import cross_validate
+    from socratiq.judge import Judge, rows_to_learn_from
+
+    rows = rows_to_learn_from(load_rows(args.data), args.held_out, args.seed)[0]
+    judge = Judge.fit(rows)
+    print(cross_validate(Judge.fit, rows, args.folds))
+    judge.save(args.out)
+    print(f"\njudge of {len(rows)} rows, fitted on all of them, in {args.out}")
