@@ -6,7 +6,7 @@
 
 For every question of the data:
 
-    (a) grade       the scorer gives it a strength for each type, out of fold: by a scorer that never saw its text
+    (a) grade       a scorer that never saw its text gives it a strength for each type
     (b) choose      strength >= --chosen-min for some type: it is the `chosen` one, under that recognised type
     (c) write       the writer is asked for a question about the same text that is precisely not of that type
     (d) verify      well formed, strength for the chosen type <= --rejected-max, and a gap >= --min-gap: `rejected` it
@@ -16,8 +16,12 @@ Why not simply take another question of the same text? Few texts have questions 
 decide alone what DPO learns. Why grade questions that carry a label? Labels are noisy, and a pair whose chosen question
 is not of its type teaches the reverse.
 
-Every answer is on the disk before its row goes on (OUT.answers.jsonl). The same command after a kill asks only for what
-is missing, and ends with the same bytes: pairs stand in the order of the data, whatever the order of the answers.
+Who sees what: nothing learns from held-out texts. SFT and the graders of (a) learn from all training texts, the judge's
+share included. The saved scorer, which verifies in (d) and gives PPO its reward, and the judge of `socratiq.evaluate`
+learn from two shares of them that have no text in common.
+
+Every answer is on the disk before its row goes on (runs/pairs.answers.jsonl). The same command after a kill asks only
+for what is missing, and ends with the same bytes: pairs stand in the order of the data, whatever the order of answers.
 """
 
 import argparse
@@ -75,13 +79,16 @@ def parse_arguments(argv: list[str] | None = None):
         "--policy",
         default="runs/sft",
         metavar="MODEL",
-        help="SFT model: the local writer, and a second eye of the scorer",
+        help="SFT model, the local writer",
     )
     add(
-        "--out", default="runs/pairs.jsonl", metavar="FILE", help="beside it: FILE.dropped.jsonl and FILE.answers.jsonl"
+        "--out",
+        default="runs/pairs.jsonl",
+        metavar="FILE",
+        help="beside a pairs.jsonl: pairs.dropped.jsonl and pairs.answers.jsonl",
     )
     add("--limit", type=cli.count, metavar="N", help="use at most N chosen questions, spread over the data")
-    add("--shard", type=shard, metavar="I/N", help="only part I of N, into FILE.IofN.jsonl: a part for each machine")
+    add("--shard", type=shard, metavar="I/N", help="only part I of N, into pairs.IofN.jsonl: a part for each machine")
     add("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help="share of the texts kept for evaluation")
     add("--seed", type=cli.count_or_none, default=0, help="seed of the split, the scorer and the local writer")
 
@@ -103,10 +110,10 @@ def parse_arguments(argv: list[str] | None = None):
         "chosen one as rejected: who wrote a question then says less about which is preferred",
     )
     add(
-        "--judge",
+        "--scorer-model",
         default="none",
         metavar="MODEL",
-        help="language model that a new scorer is fitted with: a second opinion",
+        help="language model that a new scorer is fitted with, such as smollm2: a second opinion",
     )
 
     add = parser.add_argument_group("who writes the rejected questions").add_argument
@@ -163,6 +170,7 @@ def share_out(parser, args) -> None:
     """Under torchrun every process makes one part, on a GPU of its own; they need not talk to each other."""
     if not (Path(args.scorer) / "scorer.json").exists():  # all of them would fit and write it at the same time
         fit = f"--data {args.data} --held-out {args.held_out} --seed {args.seed} --out {args.scorer}"
+        fit += f" --model {args.scorer_model}" if args.scorer_model != "none" else ""
         parser.error(f"--scorer {args.scorer}: not there; before torchrun, fit it: python -m socratiq.scorer {fit}")
     args.shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
     if args.device in ("auto", "cuda"):
@@ -226,7 +234,7 @@ def choose(rows, strengths, types: list[str], held_out: set[str], args) -> tuple
 
 
 def left_over(source, type, context, question, score, attempts, reason) -> dict:
-    """A line of OUT.dropped.jsonl."""
+    """A line of the file of dropped rows."""
     return {
         "reason": reason, "source": source, "type": type, "question": question, "score": round(score, 4),
         "context": context, "attempts": attempts,
@@ -380,14 +388,15 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
             if wrong and answer.finish == "length":
                 wrong = f"cut off ({wrong})"
             attempt = {"question": "" if answer.finish in WRONG_FINISH else question, "score": None, "flaw": wrong}
-            attempt["type"] = job.asked_type()
+            attempt |= {"type": job.asked_type(), "parts": None}
             tried.append((job, attempt))
         readable = [(job, attempt) for job, attempt in tried if not attempt["flaw"]]
         if readable:
             contexts, questions = [job.context for job, _ in readable], [a["question"] for _, a in readable]
             parts = scorer.components(contexts, questions, [job.type for job, _ in readable])
             for i, (job, attempt) in enumerate(readable):
-                attempt["score"] = round(parts["strength"][i].item(), 4)
+                attempt["parts"] = {name: round(values[i].item(), 4) for name, values in parts.items()}
+                attempt["score"] = attempt["parts"]["strength"]
                 # Verified is what every opinion agrees on: n-grams alone are blind to wordings they never saw.
                 opinions = [parts[name][i].item() for name in ("strength", "ngrams", "probe") if name in parts]
                 low = [saying for name, saying in GATES.items() if name in parts and parts[name][i] < 0.5]
@@ -424,6 +433,7 @@ def mirrored(jobs: list[Job], scorer, figures, args) -> dict[int, dict]:
             turned[job.index] = {
                 "type": type, "chosen": job.rejected, "rejected": job.chosen, "chosen_score": round(score, 4),
                 "rejected_score": round(other, 4), "rejected_type": job.type,
+                "rejected_parts": {"strength": round(other, 4)},  # a person's question passed no gates
             }  # fmt: skip
     return turned
 
@@ -441,7 +451,7 @@ def pair(job: Job, writer: str) -> dict:
         "type": job.type, "context": job.context,
         "chosen_score": round(job.chosen_score, 4), "rejected_score": job.attempts[-1]["score"],
         "attempts": len(job.attempts), "writer": writer, "rejected_type": job.attempts[-1]["type"],
-        "split": job.split, "source": job.source,
+        "split": job.split, "source": job.source, "rejected_parts": job.attempts[-1]["parts"],
     }  # fmt: skip
 
 
@@ -462,10 +472,13 @@ def check_output(out: Path, answers: Path) -> None:
         )
 
 
-def summary(args, rows: int, jobs: list[Job], dropped: list[dict], writer, budget: Budget, paid_before: int) -> None:
+def summary(
+    args, rows: int, jobs: list[Job], turned: int, dropped: list[dict], writer, budget: Budget, paid_before: int
+) -> None:
     """What was made, what was not and why, what it cost, what to type next."""
     kept = [job for job in jobs if job.rejected is not None]
-    print(f"{rows} rows, {len(jobs)} chosen questions, {len(kept)} pairs in {args.out}")
+    also = f", {turned} of them others turned round (--mirror)" if args.mirror else ""
+    print(f"{rows} rows, {len(jobs)} chosen questions, {len(kept) + turned} pairs in {args.out}{also}")
     reasons = Counter(": ".join(line["reason"].split(": ")[:2]) for line in dropped)  # what a server said is cut off
     for reason, count in reasons.most_common():
         print(f"  {count:6d} not kept: {reason}")
@@ -535,24 +548,44 @@ def open_policy(args):
         raise UserError(str(error).replace("--model", "--policy")) from None
 
 
-def open_scorer(args, rows):
-    """The scorer of --scorer, or a new one, which sees no held-out text and none of the judge's -> it, and out-of-fold
-    figures of all rows.
+def grade(rows, held_out: set[str], seed: int, lm):
+    """Figures of all rows, graded by scorers that never saw their texts.
+
+    Questions about training texts are graded by cross-validation among these, those about held-out texts by a scorer
+    fitted on all training rows: no label of a held-out text has a say in a training pair.
+    """
+    from socratiq import grading
+    from socratiq.scorer import Scorer, cross_validate
+
+    train, held = ([i for i, row in enumerate(rows) if (row.context in held_out) == out] for out in (False, True))
+    learn_from = [rows[i] for i in train]
+    found = cross_validate(learn_from, seed=seed, lm=lm)
+    strengths = found.strengths.new_zeros(len(rows), len(found.types))
+    strengths[train] = found.strengths
+    if held:
+        fitted = Scorer.fit(learn_from, seed, lm)  # knows the same types, those of the training rows
+        strengths[held] = fitted.strengths([rows[i].context for i in held], [rows[i].question for i in held])
+    return grading.figures(found.types, strengths, [row.type for row in rows])
+
+
+def open_scorer(args, rows, held_out: set[str]):
+    """The scorer of --scorer, or a new one, which learns neither from held-out texts nor from the judge's -> it, and
+    the figures of all rows.
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
     from socratiq.judge import rows_to_learn_from
-    from socratiq.scorer import Scorer, cross_validate, open_language_model
+    from socratiq.scorer import Scorer, open_language_model
 
     there = (Path(args.scorer) / "scorer.json").exists()
     scorer = Scorer.load(args.scorer) if there else None
-    judge = scorer.settings.get("model", "none") if there else args.judge
-    lm = open_language_model(judge, args.device, args.dtype)
+    model = scorer.settings.get("model", "none") if there else args.scorer_model
+    lm = open_language_model(model, args.device, args.dtype)
     if not there:
         learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1]
         scorer = Scorer.fit(learn_from, seed=args.seed, lm=lm)
     scorer.with_language_model(lm)
-    figures = cross_validate(rows, seed=args.seed, lm=lm)
+    figures = grade(rows, held_out, args.seed, lm)
     if not there and not args.dry_run:  # not before: rows that cannot be graded should leave no scorer behind
         scorer.save(args.scorer)
     unknown = [name for name in figures.types if name not in scorer.types]
@@ -561,7 +594,7 @@ def open_scorer(args, rows):
             f"--scorer {args.scorer} does not know the type {unknown[0]!r} of --data {args.data}; it was fitted on "
             "other rows: name another folder, where a scorer for these rows will be fitted"
         )
-    second = f"n-grams and {judge}" if lm else "n-grams alone"
+    second = f"n-grams and {model}" if lm else "n-grams alone"
     print(f"scorer: {args.scorer}, {'as it was found' if there else 'fitted now'}, judging by {second}", flush=True)
     return scorer, figures
 
@@ -580,7 +613,7 @@ def run() -> None:
     from socratiq.data import load_rows, split_by_context
 
     rows = load_rows(args.data)
-    _, held_out = split_by_context(rows, args.held_out, args.seed)
+    held_out = {row.context for row in split_by_context(rows, args.held_out, args.seed)[1]}
 
     # 2. The writer, before any long work: a mistake in its arguments should show at once.
     budget = Budget(args.max_requests, args.max_usd, args.usd_per_mtok_in or 0.0, args.usd_per_mtok_out or 0.0)
@@ -610,9 +643,9 @@ def run() -> None:
             max_new_tokens=args.max_new_tokens,
         )
 
-    # 3. (a) Grade every question out of fold; (b) choose.
-    scorer, figures = open_scorer(args, rows)
-    jobs, dropped = choose(rows, figures.strengths, figures.types, {row.context for row in held_out}, args)
+    # 3. (a) Grade every question; (b) choose.
+    scorer, figures = open_scorer(args, rows, held_out)
+    jobs, dropped = choose(rows, figures.strengths, figures.types, held_out, args)
     agreed = sum(rows[job.index].type == job.type for job in jobs)
     print(
         f"{len(rows)} rows, {len(jobs)} of them chosen at --chosen-min {args.chosen_min}"
@@ -648,13 +681,11 @@ def run() -> None:
     dropped = [line for _, line in sorted(dropped, key=lambda both: both[0])]
     atomic_write(args.out.with_name(args.out.stem + ".dropped.jsonl"), lines(dropped))
     pairs = [pair(job, writer.name) for job in kept]
-    if args.mirror:
-        turned = mirrored(kept, scorer, figures, args)
-        both = zip(kept, pairs, strict=True)
-        pairs += [turned_round(line, turned[job.index]) for job, line in both if job.index in turned]
-        print(f"{len(turned)} of {len(kept)} pairs also stand the other way round (--mirror)")
+    turned = mirrored(kept, scorer, figures, args) if args.mirror else {}
+    both = zip(kept, pairs, strict=True)
+    pairs += [turned_round(line, turned[job.index]) for job, line in both if job.index in turned]
     atomic_write(args.out, lines(pairs))
-    summary(args, len(rows), jobs, dropped, writer, budget, paid_before)
+    summary(args, len(rows), jobs, len(turned), dropped, writer, budget, paid_before)
 
 
 def lines(values: Iterable[dict]) -> str:

@@ -7,7 +7,7 @@
     python -m socratiq.ask --serve                           a page in the browser, on this machine only
 
 Questions are ranked by the scorer's reward; the number before each is its strength, the probability that it is of the
-asked type. On a terminal one sees them being written.
+asked type. --json gives every part of the reward too. On a terminal one sees the questions being written.
 """
 
 from __future__ import annotations

@@ -171,7 +171,9 @@ class Asker:
         from socratiq.scorer import open_language_model
 
         if self.scorer is not None:  # a scorer that was fitted with a language model ranks better with it
-            self.scorer.with_language_model(open_language_model(self.scorer.settings.get("model", "none")))
+            _, _, device, dtype, _ = self.settings
+            partner = open_language_model(self.scorer.settings.get("model", "none"), device, dtype)
+            self.scorer.with_language_model(partner)
         return Model(*self.settings)
 
     def type_named(self, said: str) -> str:
@@ -206,9 +208,9 @@ class Asker:
     ) -> list[dict]:
         """For each type {"type", "questions"}, the best question first, the same question only once.
 
-        A question is {"question", "well_formed"} and, with a scorer, "strength" of the type, the "strongest" type and
-        "reward", by which they are ranked. on_text(i, text) is called with the text so far of sample i, which is number
-        i % samples of type i // samples; what it raises ends the work.
+        A question is {"question", "well_formed"} and, with a scorer, "strength" of the type, the "strongest" type,
+        "reward", by which they are ranked, and the "parts" of that by name. on_text(i, text) is called with the text so
+        far of sample i, which is number i % samples of type i // samples; what it raises ends the work.
         """
         tasks, written = [Task(0, context, type) for type in types], {}
 
@@ -228,9 +230,10 @@ class Asker:
             return found
         contexts = [task.context] * len(questions)
         strengths = self.scorer.strengths(contexts, questions)
-        rewards = self.scorer.reward(contexts, questions, [task.type] * len(questions)).tolist()
-        for record, strength, reward in zip(found, strengths.tolist(), rewards, strict=True):
+        rewards, parts = self.scorer.graded(contexts, questions, [task.type] * len(questions))
+        for i, (record, strength) in enumerate(zip(found, strengths.tolist(), strict=True)):
             record["strength"] = round(strength[self.scorer.types.index(task.type)], 4)
             record["strongest"] = self.scorer.types[max(range(len(strength)), key=strength.__getitem__)]
-            record["reward"] = round(reward, 4)
+            record["reward"] = round(rewards[i].item(), 4)
+            record["parts"] = {name: round(values[i].item(), 4) for name, values in parts.items()}
         return sorted(found, key=lambda record: -record["reward"])

@@ -3,6 +3,7 @@
 import http.client
 import io
 import json
+import math
 import socket
 import sys
 import threading
@@ -60,6 +61,10 @@ def test_questions_are_ranked_and_none_comes_twice(asker, monkeypatch):
     assert ranked[0]["question"] == said[1] and ranked[0]["strongest"] == "Clarity"
     assert [r["reward"] for r in ranked] == sorted((r["reward"] for r in ranked), reverse=True)
     assert ranked[0]["strength"] > 0.5 and ranked[0]["well_formed"]
+    for record in ranked:
+        strength, *gates = record["parts"].values()
+        assert record["strength"] == strength and set(record["parts"]) >= {"strength", "form", "relatedness"}
+        assert record["reward"] == pytest.approx(strength**0.5 * math.prod(gates), abs=0.01)  # parts are rounded
     answer = types.SimpleNamespace(text="Why?")
     monkeypatch.setattr(asker.model, "ask", lambda *_: [[answer, answer]])
     assert len(asker.ask(TEXT, ["Clarity"], 2, 6, 1.0, 0)[0]["questions"]) == 1
@@ -123,7 +128,7 @@ def test_json_holds_all_that_was_drawn(command):
     assert found["context"] == TEXT and found["model"] == "tiny"
     (of_type,) = found["types"]
     assert of_type["type"] == "Clarity" and 1 <= len(of_type["questions"]) <= 3
-    assert set(of_type["questions"][0]) == {"question", "well_formed", "strength", "strongest", "reward"}
+    assert set(of_type["questions"][0]) == {"question", "well_formed", "strength", "strongest", "reward", "parts"}
 
 
 def test_the_best_are_shown(command):

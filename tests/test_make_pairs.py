@@ -157,15 +157,35 @@ def test_pairs_that_can_be_turned_round():
     assert list(turned) == [0]
     assert turned[0] == {
         "type": TYPES[1], "chosen": "Clear 0?", "rejected": jobs[0].chosen, "chosen_score": 0.8, "rejected_score": 0.05,
-        "rejected_type": "Analogy",
+        "rejected_type": "Analogy", "rejected_parts": {"strength": 0.05},
     }  # fmt: skip
-    jobs[0].attempts = [{"question": "Clear 0?", "score": 0.1, "flaw": "", "type": "Clarity"}]
+    jobs[0].attempts = [{"question": "Clear 0?", "score": 0.1, "flaw": "", "type": "Clarity", "parts": {"form": 1.0}}]
     line = make_pairs.pair(jobs[0], "local")
     both = make_pairs.turned_round(line, turned[0])
     assert list(both)[: len(line)] == list(line) and both["mirrored"]
     assert both["chosen"] == line["rejected"] and both["rejected"] == line["chosen"]
     assert TYPES[1] in both["prompt"] and TYPES[1] not in line["prompt"]
     assert make_pairs.mirrored([], FixedScorer(), Graded, args) == {}
+
+
+def test_no_label_of_a_held_out_text_reaches_a_grade():
+    """Held-out texts are graded, and nothing about any text changes when their labels do."""
+    import torch
+
+    wordings = {"Clarity": "What do you mean by good {}?", "Analogy": "Are {} really like clouds?"}
+    rows = [
+        Row(f"I think that {subject} are good.", wording.format(subject), type, "")
+        for subject in SUBJECTS
+        for type, wording in wordings.items()
+    ]
+    held_out = {row.context for row in rows if "dogs" in row.context or "ships" in row.context}
+    turned = {"Clarity": "Analogy", "Analogy": "Fear appeal"}
+    other = [row._replace(type=turned[row.type]) if row.context in held_out else row for row in rows]
+    found, again = (make_pairs.grade(some, held_out, 0, None) for some in (rows, other))
+    assert found.types == again.types == ["Analogy", "Clarity"]
+    assert torch.equal(found.strengths, again.strengths)
+    assert [found.types[i] for i in found.strengths.argmax(1)] == [row.type for row in rows]
+    assert make_pairs.grade(rows, set(), 0, None).strengths.shape == (24, 2)
 
 
 def test_limit_and_shards_take_the_same_rows_again():
@@ -189,6 +209,7 @@ def test_the_first_good_answer_becomes_the_rejected_question(tmp_path):
     (job,), writer = make(tmp_path, lambda row, n: "How are dogs and cats alike?")
     assert job.rejected == "How are dogs and cats alike?" and job.dropped is None
     assert job.attempts[0]["score"] == pytest.approx(0.1) and len(writer.asked) == 1
+    assert job.attempts[0]["parts"] == {"strength": 0.1, "probe": 0.1, "form": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -483,6 +504,8 @@ def test_the_pairs_file(reference, rows_file):
         assert pair["chosen"] != pair["rejected"]
         assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.1
         assert pair["chosen_score"] - pair["rejected_score"] >= 0.3
+        assert pair["rejected_parts"]["strength"] == pair["rejected_score"]
+        assert list(pair["rejected_parts"]) == ["strength", "form", "originality", "order", "relatedness"]
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert {pair["attempts"] for pair in pairs} >= {1, 2}
     assert {pair["split"] for pair in pairs} == {"train", "held_out"}
