@@ -39,10 +39,21 @@ serve-test: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check fastapi==0.165.0 uvicorn==0.54.0
 	$(BIN)/python -m pytest tests/test_serve.py
 
-# ours beside TRL, which lives in an environment of its own: bench/RESULTS.md
-bench: install
-	$(BIN)/python bench/compare.py sft
+# Ours beside TRL, which lives in environments of its own: PPO left it after 1.12. Half an hour: bench/RESULTS.md
+bench: install $(VENV)-trl/installed $(VENV)-trl-ppo/installed
+	OURS=$(VENV) TRL=$(VENV)-trl TRL_PPO=$(VENV)-trl-ppo sh bench/all.sh
+
+$(VENV)-trl/installed: bench/requirements.txt
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	touch $@
+
+$(VENV)-trl-ppo/installed: bench/requirements.txt
+	$(PYTHON) -m venv $(VENV)-trl-ppo
+	sed 's/^trl==.*/trl==1.12.0/' bench/requirements.txt > $(VENV)-trl-ppo/requirements.txt
+	$(VENV)-trl-ppo/bin/python -m pip install --quiet --disable-pip-version-check -r $(VENV)-trl-ppo/requirements.txt
+	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-trl-ppo .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

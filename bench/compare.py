@@ -17,6 +17,7 @@ seconds, over the speed of the largest matrix product measured in the same run.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -47,6 +48,8 @@ def parse_arguments():
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--json", default=None, metavar="FILE", help="append the figures to this file")
     args = parser.parse_args()
+    if args.trl_python and not shutil.which(args.trl_python):
+        sys.exit(f'error: --trl-python {args.trl_python}: not there; `make bench` makes it, "" runs our side alone')
     args.batch = args.batch or {"sft": 8, "dpo": 4, "ppo": 16, "generate": 16}[args.work]
     args.new_tokens = args.new_tokens or {"ppo": 32, "generate": 64}.get(args.work, 0)
     return args
