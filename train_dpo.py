@@ -47,7 +47,7 @@ def parse_arguments():
     training.add_argument(
         "--sft-coef", type=cli.not_negative, default=0.0, help="weight of an SFT loss on the chosen question"
     )
-    training.add_argument("--epochs", type=cli.count, default=3, help="passes over the pairs")
+    training.add_argument("--epochs", type=cli.count, default=1, help="passes over the pairs")
     training.add_argument("--steps", type=cli.count, default=None, help="updates in all, instead of --epochs")
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="PAIRS", help="pairs per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
@@ -55,7 +55,7 @@ def parse_arguments():
         "--lr",
         type=cli.positive,
         default=None,
-        help="peak learning rate (3e-4 with adapters, 2e-5 without; a fifth for 8B)",
+        help="peak learning rate (1e-4 with adapters, 1e-5 without; a fifth for 8B)",
     )
     training.add_argument("--warmup", type=cli.fraction, default=0.1, help="share of the updates that warm up")
     training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")
@@ -63,7 +63,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.label_smoothing and args.loss != "sigmoid":
         parser.error("--label-smoothing: only the sigmoid loss knows it; leave it out, or choose --loss sigmoid")
-    args.lr = args.lr or (3e-4 if args.lora_rank else 2e-5)
+    args.lr = args.lr or (1e-4 if args.lora_rank else 1e-5)
     return args
 
 
@@ -198,6 +198,7 @@ def run_stage():
         loss, sums = distributed.all_sum(loss), distributed.all_sum(sums)
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
         norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
+        seconds = time.perf_counter() - started
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch, **sums}
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:
             evaluation = evaluate()
@@ -205,7 +206,7 @@ def run_stage():
         run.log(step + 1, **metrics)
         run.log_time(
             step + 1,
-            time.perf_counter() - started,
+            seconds,
             sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen),
         )
         run.progress.set_postfix(loss=f"{loss:.3f}", margin=f"{sums['rewards/margins']:.3f}")

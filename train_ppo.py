@@ -100,7 +100,7 @@ def parse_arguments():
     cli.add_run_arguments(parser, out="runs/ppo")
     parser.set_defaults(checkpoint_every=1)
     args = parser.parse_args()
-    if args.batch_size * args.samples_per_prompt >= 5 * args.kl_horizon:
+    if args.kl_target and args.batch_size * args.samples_per_prompt >= 5 * args.kl_horizon:
         parser.error(
             "--kl-horizon: must be above a fifth of the samples of an iteration, or --kl-coef can turn negative"
         )
@@ -280,17 +280,18 @@ def run_stage():
         everything = make_batch([[0]] * len(prompts), completions).to(policy.device)
         tokens, mask = everything.tokens, everything.mask  # (B, K, C)
         raw_scores = raw_scores.to(policy.device)
+        scores = raw_scores
         if args.diversity:
-            parts["diversity"] = torch.tensor(diversity_factor(questions)).view_as(raw_scores)
-            raw_scores = raw_scores * parts["diversity"].to(policy.device)
-        scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
+            parts["diversity"] = torch.tensor(diversity_factor(questions)).view(raw_scores.shape)
+            scores = raw_scores * parts["diversity"].to(policy.device)
+        scores = losses.missing_eos_penalty(scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
 
         # 4. Log-probs of policy and reference, values.
         old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}
         with torch.no_grad():
             for rows, batch in batches(prompts, completions, minibatch):
                 length = batch.mask.shape[-1]
-                for name, x in token_logprobs(policy, batch, args.temperature).items():
+                for name, x in token_logprobs(policy, batch, args.temperature, watch=True).items():
                     old[name][rows, :, :length] = x
                 with policy.reference():
                     old["reference"][rows, :, :length] = token_logprobs(policy, batch, args.temperature)["logprobs"]
@@ -330,6 +331,8 @@ def run_stage():
                 continue
             break  # out of both loops: the policy has moved far enough from the one that wrote the questions
 
+        seconds = time.perf_counter() - started
+
         # Figures.
         kl = losses.kl_estimate(old["logprobs"], old["reference"], "k1", mask).sum(-1).mean()  # nats per question
         k3 = losses.kl_estimate(old["logprobs"], old["reference"], "k3", mask).sum(-1).mean()
@@ -363,7 +366,7 @@ def run_stage():
             run.sample(step=step + 1, split="train", type=type, context=context, question=questions[i], score=score)
             if step % 5 == 0 or step + 1 == args.steps:
                 run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {questions[i]}")
-        run.log_time(step + 1, time.perf_counter() - started, int(mask.sum()) + sum(map(len, prompts)))
+        run.log_time(step + 1, seconds, int(mask.sum()) + sum(map(len, prompts)))
         run.progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
 
         if finite.all():

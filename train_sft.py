@@ -143,6 +143,7 @@ def run_stage():
         loss = distributed.all_sum(loss)
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
         norm = training.update(run, policy, optimizer, step + 1, lr, loss, args.max_grad_norm, chosen, alone)
+        seconds = time.perf_counter() - started
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
 
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:  # the end of an epoch
@@ -155,7 +156,7 @@ def run_stage():
                     with replacing(best) as temporary:
                         save_file({name: x.contiguous() for name, x in weights.items()}, temporary)
         run.log(step + 1, **metrics)
-        run.log_time(step + 1, time.perf_counter() - started, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
+        run.log_time(step + 1, seconds, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
         run.progress.set_postfix(loss=f"{loss:.3f}")
 
         state = {"step": step + 1, "best_loss": best_loss, "first_loss": first_loss}

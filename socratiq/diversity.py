@@ -26,7 +26,7 @@ def diversity_factor(questions: list[str]) -> list[float]:
     """
     n = len(questions)
     return [
-        (1 + near) ** -0.5 * min(1.0, 1.5 - opener / n)
+        (1 + near) ** -0.5 * (min(1.0, 1.5 - opener / n) if opener > 1 else 1.0)
         for opener, near in zip(_openers(questions), _near(questions), strict=True)
     ]
 

@@ -125,8 +125,15 @@ def fill_in(args) -> None:
     ):
         if getattr(args, name) is None:
             setattr(args, name, before.get(setting, otherwise))
-    if before.get("data") == args.data and (before.get("held_out"), before.get("seed")) != (args.held_out, args.seed):
-        warn(f"{args.sft} was trained with another --held-out or --seed and may have seen these texts")
+    for stage in STAGES[1:]:
+        known = Path(getattr(args, stage)) / "train_args.json"
+        try:
+            trained = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+        except ValueError:
+            trained = {}
+        split = [trained.get("held_out", args.held_out), trained.get("seed", args.seed)]
+        if trained.get("data", args.data) == args.data and split != [args.held_out, args.seed]:
+            warn(f"{known.parent} was trained with another --held-out or --seed and may have seen these texts")
 
 
 def present(args) -> tuple[dict[str, str], list[str]]:

@@ -26,18 +26,19 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 huggingface_hub.utils.logging.set_verbosity_error()  # no line for every attempt to reach the Hub
 
+UNKNOWN = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
 HEAD_CHUNK = 512  # scored positions per chunk of the head: bounds the logits at 512 x vocabulary
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
 
-def _attention(module, query, key, value, attention_mask, scaling, attend=None, sliding_window=None, **kwargs):
+def _attention(module, query, key, value, attention_mask, scaling, attend=None, softcap=None, s_aux=None, **kwargs):
     """transformers calls this in every layer; `attend` (RowAttention, or the sampler's cache) does the work."""
     if attend is None:
         raise TypeError("a socratiq model is called through Policy, which says how its rows attend")
-    if sliding_window is not None and query.shape[2] > sliding_window:
-        raise UserError(f"{type(module).__name__} uses a sliding window, which this project does not implement")
+    if softcap is not None or s_aux is not None:
+        raise UserError(f"{type(module).__name__} caps its scores or has sinks, which this project does not implement")
     # Under autocast the rotary embedding leaves q and k in float32; the matrix multiplications want one dtype.
     return attend(module.layer_idx, query.to(value.dtype), key.to(value.dtype), value, scaling), None
 
@@ -71,12 +72,12 @@ class Policy(nn.Module):
         """bfloat16 autocast, or nothing. Within the outermost one a trained weight is cast to bfloat16 once."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
-    def forward(self, input_ids, position_ids, attend, read, tokens=None, temperature: float = 1.0):
+    def forward(self, input_ids, position_ids, attend, read, tokens=None, temperature: float = 1.0, watch=False):
         """Run the trunk once over N tokens and the head on the M positions `read`.
 
         input_ids, position_ids (N,); read (M,); tokens (M,) or None. Returns a dict with "hidden" (M, H), "values"
         (M,) float32 if there is a value head, and either "logits" (M, V) or, given the tokens, their "logprobs" (M,)
-        and, without gradients, the "entropy" (M,) of each distribution.
+        and, to `watch`, the "entropy" (M,) of each distribution, without gradients.
         """
         with self.precision():
             trunk = self.lm.model(
@@ -87,26 +88,24 @@ class Policy(nn.Module):
             if tokens is None:
                 out["logits"] = self.lm.lm_head(hidden)  # (M, V)
             else:
-                out["logprobs"], out["entropy"] = self._score(hidden, tokens, temperature)
+                out["logprobs"], out["entropy"] = self._score(hidden, tokens, temperature, watch)
         if self.value_head is not None:
             out["values"] = self.value_head(hidden.float()).squeeze(-1)  # (M,)
         return out
 
-    def _score(self, hidden, tokens, temperature):
+    def _score(self, hidden, tokens, temperature, watch):
         """Log-probs and entropies chunk by chunk; logits of a chunk are recomputed in backward, never all kept."""
-
-        watching = not torch.is_grad_enabled()
 
         def score(hidden, tokens):
             logits = self.lm.lm_head(hidden)  # (chunk, V)
             logits = logits if temperature == 1 else logits / temperature  # a whole pass over the largest tensor
-            return gather_logprobs(logits, tokens), entropy(logits) if watching else None
+            return gather_logprobs(logits, tokens), entropy(logits.detach()) if watch else None
 
         chunks = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK), strict=True))
         if len(chunks) == 1:
             return score(*chunks[0])
         parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if watching else None
+        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if watch else None
 
     def keep_reference(self) -> None:
         """Remember the present weights as the reference: adapters can be switched off, else a copy is needed."""
@@ -132,6 +131,12 @@ class Policy(nn.Module):
         positions = getattr(self.lm.config, "max_position_embeddings", None)
         if positions and tokens > positions:
             raise UserError(f"{what}: {tokens} tokens, and the model has {positions} positions; shorten it")
+        window = getattr(self.lm.config, "sliding_window", None)
+        if window and tokens > window:
+            raise UserError(
+                f"{what}: {tokens} tokens, and the model looks back over {window} only, which this project does not "
+                "implement; shorten it"
+            )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -142,16 +147,17 @@ class Policy(nn.Module):
         }
 
 
-def token_logprobs(policy: Policy, batch: Batch, temperature: float = 1.0) -> dict[str, torch.Tensor]:
+def token_logprobs(
+    policy: Policy, batch: Batch, temperature: float = 1.0, watch: bool = False
+) -> dict[str, torch.Tensor]:
     """log pi(y_t | prompt, y_<t) of every completion token: the one quantity that all three trainers need.
 
     Returns "logprobs" (B, K, C) float32, 0 where the mask is 0, and in the same shape "values" if the policy has a
-    value head and "entropy" if gradients are off.
+    value head and the "entropy" if it is to be watched.
     """
     active = batch.mask.bool()
-    out = policy(
-        batch.input_ids, batch.position_ids, batch.attend, batch.read, batch.tokens[active], temperature=temperature
-    )
+    tokens = batch.tokens[active]  # (M,)
+    out = policy(batch.input_ids, batch.position_ids, batch.attend, batch.read, tokens, temperature, watch)
 
     def spread(x):  # (M,) -> (B, K, C)
         return torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(active, x)
@@ -212,7 +218,8 @@ def load_policy(
     for setting in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if getattr(lm.config, setting, 0):
             setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
-    lm.to("cpu" if distributed.world() > 1 else where).eval()  # of several processes each takes its part alone there
+    # Of several processes each takes its part of a trained model alone there.
+    lm.to("cpu" if trainable and distributed.world() > 1 else where).eval()
     if grad_checkpoint:  # transformers' layers look after it themselves
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
     # Both want train mode, which changes nothing else, dropout being off: layers look at it before they checkpoint, and
@@ -257,6 +264,9 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> nn.
         raise UserError(f"--model {name}: no model that can be read ({_first_line(error)})") from None
     if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
         raise UserError(f"--model {name}: {type(lm).__name__} has no .model trunk and .lm_head; use a Llama-like model")
+    odd = [name for name in UNKNOWN if getattr(lm.config, name, None) not in (None, 1, 1.0)]
+    if odd:  # it would train as another model than the one that others run
+        raise UserError(f"--model {name}: its {odd[0]} changes the logits, which this project does not implement")
     if found["missing_keys"]:  # transformers would put random numbers there and go on
         missing = sorted(found["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")

@@ -75,7 +75,8 @@ class Answer(NamedTuple):
 
 def clean_question(text: str) -> str:
     """The question in an answer: one line, without bullets, quotes, labels, reasoning or invisible characters."""
-    text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)  # local reasoning models think aloud
+    text = re.sub(r"\A(?:(?!<think>).)*?</think>", " ", text, flags=re.DOTALL)  # reasoning models think aloud, and
+    text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)  # some templates open that for them
     lines = [_tidy(line) for line in text.splitlines()]
     lines = [line for line in lines if line]
     return next((line for line in lines if "?" in line), lines[0] if lines else "")
