@@ -180,11 +180,13 @@ class AnswerLog:
     """The answers so far, append-only, one JSON line each; an answer is on the disk before its row goes on.
 
     Keyed by row, model, digest of the request body, and attempt. Opened by one process at a time. A last line that a
-    kill cut in half is removed. Raises UserError if another process holds the file or a line cannot be read.
+    kill cut in half is removed. An answer that was cut off at a lower limit than the present `max_tokens` is asked for
+    again. Raises UserError if another process holds the file or a line cannot be read.
     """
 
-    def __init__(self, path: str | Path, model: str):
+    def __init__(self, path: str | Path, model: str, max_tokens: int = 0):
         self.path, self.model = Path(path), model
+        self.cut_short: list[tuple[tuple, Answer]] = []  # paid for, and asked for again
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab")  # noqa: SIM115  (open for the whole run: the lock lives with it)
         self._lock()
@@ -193,7 +195,11 @@ class AnswerLog:
             missing = [name for name in (*KEY, *Answer._fields) if name not in line]
             if missing or not isinstance(line["text"], str):
                 raise UserError(f"{self.path} line {number}: no field {(missing or ['text'])[0]!r}; remove the line")
-            self.answers[tuple(line[name] for name in KEY)] = Answer(*(line[name] for name in Answer._fields))
+            key, answer = tuple(line[name] for name in KEY), Answer(*(line[name] for name in Answer._fields))
+            if answer.finish == "length" and 0 < answer.completion_tokens < max_tokens:
+                self.cut_short.append((key, answer))
+            else:
+                self.answers[key] = answer
         self._lock()  # again: closing the file after reading it has given the lock up
 
     def _lock(self) -> None:
@@ -218,7 +224,7 @@ class AnswerLog:
 
     def paid(self) -> list[Answer]:
         """Every answer of this model in the file, used or not."""
-        return [answer for key, answer in self.answers.items() if key[1] == self.model]
+        return [answer for key, answer in [*self.answers.items(), *self.cut_short] if key[1] == self.model]
 
     def _key(self, request: Request) -> tuple:
         return request.row, self.model, digest(request.body), request.attempt

@@ -278,6 +278,7 @@ def test_a_huge_text_is_cut():
         ("Question: Why is that so?", "Why is that so?"),
         ("**Question:** Why is that so?", "Why is that so?"),
         ("<think>Why? Because.</think>\nWhy is that so?", "Why is that so?"),
+        ("Why? I wonder.</think>\nWhy is that so?", "Why is that so?"),
         ("<think>never ends", ""),
         ("“Why is that so?”", "Why is that so?"),
         ("Why\u202e is\x00 that\u200b so?", "Why is that so?"),
@@ -391,6 +392,24 @@ def test_the_log_gives_back_what_it_was_given(tmp_path):
     again.close()
     other_model = AnswerLog(path, "n")
     assert other_model.get(request()) is None and other_model.paid() == []
+
+
+def test_an_answer_cut_off_at_a_lower_limit_is_asked_for_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    log = AnswerLog(path, "m", max_tokens=200)
+    log.add([(request(), Answer("", "length", 5, 200)), (request(attempt=2), Answer("Why?", "stop", 5, 9))])
+    log.close()
+    log = AnswerLog(path, "m", max_tokens=200)  # the same limit: the same answer, for nothing
+    assert log.get(request()).finish == "length"
+    log.close()
+    log = AnswerLog(path, "m", max_tokens=4000)
+    assert log.get(request()) is None and log.get(request(attempt=2)).text == "Why?"
+    log.add([(request(), Answer("What for?", "stop", 5, 700))])
+    log.close()
+    log = AnswerLog(path, "m", max_tokens=4000)
+    assert log.get(request()).text == "What for?"
+    assert sorted(answer.completion_tokens for answer in log.paid()) == [9, 200, 700]
+    log.close()
 
 
 def test_every_cut_of_the_log_is_repaired(tmp_path):
