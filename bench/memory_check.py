@@ -1,7 +1,7 @@
 """Predicted against measured memory: socratiq/memory.py beside the peak of real runs on the CPU.
 
-    python bench/memory_check.py                 # the table; smollm2 takes some minutes
-    python bench/memory_check.py --model tiny
+    python bench/memory_check.py                              # the whole table, both models
+    python bench/memory_check.py --model smollm2 --stage sft dpo
 
 Every line is one process that runs the real script for three updates on rows of equal length. What is measured is the
 resident memory at its peak between loading the model and saving it (VmHWM, set back once the model is loaded), less
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 GIVE_BACK = {"SOCRATIQ_MALLOC": "0", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
 # oneDNN compiles a kernel for every new shape and keeps up to 1024: some 100 MB that no tensor takes.
 GIVE_BACK["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "8"
+PARTS = ("weights", "reference", "adapters", "optimiser", "gradients", "activations", "logits", "cache")
 TYPE = "Clarity"
 SIZES = {  # enough tokens for the weights not to hide the rest
     "tiny": {"rows": 256, "prompt": 240, "completion": 24},
@@ -198,9 +199,8 @@ def main():
     if args.case:
         print("RESULT " + json.dumps(run_case(args.model[0], json.loads(args.case))))
         return
-    print(
-        f"{'model':<8} {'stage':<9} {'trained':<14} {'precision':<9} {'predicted':>9} {'measured':>9} {'ratio':>6}  MB"
-    )
+    print("| model | stage | trained | precision | predicted MB | measured MB | ratio | highest at, MB of each part |")
+    print("|---|---|---|---|---:|---:|---:|---|")
     worst = 0.0
     for model in args.model:
         for case in CASES:
@@ -214,19 +214,20 @@ def main():
             found = json.loads(result[0][7:])
             ratio = found["total"] / found["measured"]
             worst = max(worst, abs(ratio - 1))
-            trained = ("rank 16" if case["rank"] else "all") + (" checkp." if case["grad_checkpoint"] else "")
-            parts = ", ".join(
-                f"{k} {v / 1e6:.0f}"
-                for k, v in found.items()
-                if isinstance(v, float) and v > 5e5 and k not in ("measured", "baseline", "total")
+            trained = ("rank 16" if case["rank"] else "all") + (", checkpoints" if case["grad_checkpoint"] else "")
+            parts = ", ".join(f"{name} {found[name] / 1e6:.0f}" for name in PARTS if found.get(name, 0) > 5e5)
+            cells = (
+                model,
+                case["stage"],
+                "-" if case["stage"] == "sampling" else trained,
+                "bfloat16" if case["half"] else "float32",
+                f"{found['total'] / 1e6:.0f}",
+                f"{found['measured'] / 1e6:.0f}",
+                f"{ratio:.2f}",
+                f"{found['at']}: {parts}",
             )
-            print(
-                f"{model:<8} {case['stage']:<9} {trained if case['stage'] != 'sampling' else '-':<14} "
-                f"{'bfloat16' if case['half'] else 'float32':<9} {found['total'] / 1e6:9.0f} "
-                f"{found['measured'] / 1e6:9.0f} {ratio:6.2f}  {found['at']}: {parts}",
-                flush=True,
-            )
-    print(f"largest deviation {worst:.0%}")
+            print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\nLargest deviation: {worst:.0%}")
 
 
 if __name__ == "__main__":
