@@ -1,0 +1,72 @@
+"""Strings that try to fool the scorer must not pay like genuine questions about held-out texts.
+
+python -m pytest -s tests/test_attacks.py      prints what each kind of string earns
+"""
+
+from typing import NamedTuple
+
+import pytest
+
+from socratiq import attacks
+from socratiq.data import Row, load_rows, split_by_context
+from socratiq.scorer import Scorer
+
+
+class Suite(NamedTuple):
+    """Genuine questions about held-out texts, and what is made of them."""
+
+    learn_from: list[Row]
+    genuine: list[Row]
+    strings: list[attacks.Attack]
+
+
+@pytest.fixture(scope="module")
+def suite() -> Suite:
+    """Attacks on one question a held-out text, of another type each time; genuine are all questions about them."""
+    learn_from, held_out = split_by_context(load_rows("sample"), 0.1, seed=0)
+    genuine = [row for row in held_out if row.type != "others"]
+    texts, types = (sorted({row[field] for row in genuine}) for field in (0, 2))
+    attacked = [r for r in genuine if types.index(r.type) == texts.index(r.context) % len(types)]
+    return Suite(learn_from, genuine, attacks.degenerate(attacked))
+
+
+class Found(NamedTuple):
+    """What the scorer pays."""
+
+    mean: float  # genuine questions
+    rewards: list[float]  # each string
+
+
+def graded(scorer: Scorer, suite: Suite) -> Found:
+    """Rewards, and a table of them by kind."""
+    genuine = scorer.reward(*zip(*[row[:3] for row in suite.genuine], strict=True))
+    rewards = scorer.reward(*zip(*[attack[1:] for attack in suite.strings], strict=True))
+    mean = genuine.mean().item()
+    print(f"\n{len(genuine)} genuine questions: mean {mean:.3f}, below .10 {(genuine < 0.1).float().mean():.3f}")
+    print(f"{'kind':<24}{'strings':>8}{'mean':>8}{'highest':>9}{'above':>7}")
+    for kind, of_kind in by_kind(suite, rewards.tolist()).items():
+        above = sum(x >= mean for x in of_kind)
+        print(f"{kind:<24}{len(of_kind):>8}{sum(of_kind) / len(of_kind):>8.3f}{max(of_kind):>9.3f}{above:>7}")
+    return Found(mean, rewards.tolist())
+
+
+def by_kind(suite: Suite, rewards: list[float]) -> dict[str, list[float]]:
+    kinds: dict[str, list[float]] = {}
+    for attack, reward in zip(suite.strings, rewards, strict=True):
+        kinds.setdefault(attack.kind, []).append(reward)
+    return kinds
+
+
+def test_there_are_hundreds_of_strings_of_forty_kinds(suite):
+    assert len(suite.strings) >= 200 and len({attack.kind for attack in suite.strings}) >= 35
+    assert not {row.context for row in suite.learn_from} & {attack.context for attack in suite.strings}
+    assert not {row.question for row in suite.genuine} & {attack.question for attack in suite.strings}
+
+
+def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(suite):
+    """By the mean of each kind. Single strings do get through, 14 of 308, all of them made of three questions:
+    whoever needs more than that fits the scorer with a language model."""
+    found = graded(Scorer.fit(suite.learn_from), suite)
+    assert found.mean > 0.5 and sum(x >= found.mean for x in found.rewards) <= 20
+    for kind, rewards in by_kind(suite, found.rewards).items():
+        assert sum(rewards) / len(rewards) < found.mean, kind
