@@ -74,6 +74,10 @@ class LanguageModel:
                     self.given[c, q] = logprobs[b, k, : len(asked[c][k])]
         return [self.given[pair] for pair in pairs]
 
+    def forget(self) -> None:
+        """What a question is worth depends, in the last bits, on what it is read together with: a fresh start."""
+        self.alone, self.given = {}, {}
+
     def signature(self) -> list[float]:
         """Log-probs of a fixed question: tells whether another model is the one that a scorer was fitted with."""
         return [round(x, 3) for x in self.read_alone([SENTENCE])[0].logprobs.tolist()]

@@ -37,6 +37,7 @@ class Job:
     type: str
     chosen: str
     chosen_score: float
+    label: str = ""  # the type that the data gives the chosen question
     split: str = "train"
     other_types: list[str] = field(default_factory=list)
     attempts: list[dict] = field(default_factory=list)  # {"question", "score", "flaw"}

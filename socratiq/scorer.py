@@ -140,6 +140,8 @@ class Scorer:
         columns = torch.tensor([self._column(t) for t in types], dtype=torch.long)
         if not questions:
             return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES[: None if self.lm else -1])}
+        if self.lm is not None:
+            self.lm.forget()  # the same questions get the same bytes, whatever was graded before
         pairs = list(zip(contexts, questions, strict=True))
         parts = {
             "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],

@@ -139,18 +139,21 @@ def test_pairs_that_can_be_turned_round():
     import torch
 
     class FixedScorer:
-        types = TYPES
+        types, lm = TYPES, None
 
         def strengths(self, contexts, questions):
-            return torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.39, 0.1], [0.1, 0.8, 0.1], [0.7, 0.1, 0.1]])
+            return torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.39, 0.1], [0.1, 0.8, 0.1], [0.7, 0.1, 0.1], [0.1, 0.8, 0.1]])
 
-    jobs = jobs_of(4)
+    jobs = jobs_of(5)
     for job in jobs:
-        job.type, job.rejected = "Analogy", f"Clear {job.index}?"
+        job.type, job.rejected, job.label = "Analogy", f"Clear {job.index}?", "Analogy"
+    jobs[4].label = TYPES[1]  # a person called the chosen question what the mirrored pair would ask for
 
     class Graded:  # the chosen questions, out of fold: the third is also of the other type
         types = TYPES
-        strengths = torch.tensor([[0.9, 0.05, 0.1], [0.9, 0.05, 0.1], [0.9, 0.3, 0.1], [0.9, 0.1, 0.1]])
+        strengths = torch.tensor(
+            [[0.9, 0.05, 0.1], [0.9, 0.05, 0.1], [0.9, 0.3, 0.1], [0.9, 0.1, 0.1], [0.9, 0.05, 0.1]]
+        )
 
     args = make_pairs.parse_arguments(["--writer", "local", "--mirror"])
     turned = make_pairs.mirrored(jobs, FixedScorer(), Graded, args)
@@ -496,7 +499,12 @@ def test_the_pairs_file(reference, rows_file):
     (pairs, dropped), said, requests = reference
     pairs = [json.loads(line) for line in pairs.decode().splitlines()]
     dropped = [json.loads(line) for line in dropped.decode().splitlines()]
-    assert len(pairs) >= 50 and len(pairs) + len(dropped) == 72
+    turned = [pair for pair in pairs if pair.get("mirrored")]
+    assert len(pairs) - len(turned) >= 50 and len(pairs) - len(turned) + len(dropped) == 72
+    for pair in turned:  # each stands after the pair that it mirrors
+        before = pairs[pairs.index(pair) - 1]
+        assert (before["chosen"], before["rejected"]) == (pair["rejected"], pair["chosen"])
+        assert before["type"] != pair["type"] and before["context"] == pair["context"]
     order = ["prompt", "chosen", "rejected", "type", "context", "chosen_score", "rejected_score", "attempts", "writer"]
     for pair in pairs:
         assert list(pair)[: len(order)] == order
@@ -505,7 +513,8 @@ def test_the_pairs_file(reference, rows_file):
         assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.1
         assert pair["chosen_score"] - pair["rejected_score"] >= 0.3
         assert pair["rejected_parts"]["strength"] == pair["rejected_score"]
-        assert list(pair["rejected_parts"]) == ["strength", "form", "originality", "order", "relatedness"]
+        parts = ["strength", "form", "originality", "order", "relatedness"]
+        assert list(pair["rejected_parts"]) == (parts[:1] if pair.get("mirrored") else parts)
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert {pair["attempts"] for pair in pairs} >= {1, 2}
     assert {pair["split"] for pair in pairs} == {"train", "held_out"}
@@ -513,7 +522,7 @@ def test_the_pairs_file(reference, rows_file):
     assert not contexts["train"] & contexts["held_out"]
     assert all(line["reason"] and line["question"] for line in dropped)
 
-    assert f"72 rows, {len(pairs) + sum('no rejected' in d['reason'] for d in dropped)} chosen" in said
+    assert f"72 rows, {len(pairs) - len(turned) + sum('no rejected' in d['reason'] for d in dropped)} chosen" in said
     assert f"{len(pairs)} pairs" in said
     assert f"{len(requests)} requests now" in said and "USD" in said
     assert "attempts needed: 1: " in said and "mean length: chosen" in said
