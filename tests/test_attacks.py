@@ -1,6 +1,7 @@
 """Strings that try to fool the scorer must not pay like genuine questions about held-out texts.
 
-python -m pytest -s tests/test_attacks.py      prints what each kind of string earns
+python -m pytest -s tests/test_attacks.py              the bare scorer, and what each kind of string earns
+python -m pytest -s -m slow tests/test_attacks.py      with smollm2 as its language model: minutes
 """
 
 from typing import NamedTuple
@@ -9,7 +10,9 @@ import pytest
 
 from socratiq import attacks
 from socratiq.data import Row, load_rows, split_by_context
-from socratiq.scorer import Scorer
+from socratiq.scorer import Scorer, open_language_model
+
+TEXTS_FOR_MODEL = 24  # that the scorer is fitted on where it has a language model, which takes its time
 
 
 class Suite(NamedTuple):
@@ -70,3 +73,26 @@ def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(su
     assert found.mean > 0.5 and sum(x >= found.mean for x in found.rewards) <= 20
     for kind, rewards in by_kind(suite, found.rewards).items():
         assert sum(rewards) / len(rewards) < found.mean, kind
+
+
+@pytest.fixture(scope="module")
+def deep(request, suite) -> Scorer:
+    """The scorer with smollm2, for those who ask for slow tests."""
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("takes minutes: python -m pytest -m slow tests/test_attacks.py")
+    texts = sorted({row.context for row in suite.learn_from})[:TEXTS_FOR_MODEL]
+    return Scorer.fit([row for row in suite.learn_from if row.context in texts], lm=open_language_model("smollm2"))
+
+
+@pytest.fixture(scope="module")
+def found(suite, deep) -> Found:
+    return graded(deep, suite)
+
+
+@pytest.mark.slow
+def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found):
+    """Five of 308 do: words swapped or halves turned within a question of many small words, one question's end on
+    another's beginning where the joint is a comma, and "What is English: a or a?"."""
+    through = [a for a, x in zip(suite.strings, found.rewards, strict=True) if x >= found.mean]
+    assert found.mean > 0.45 and len(through) <= 6
+    assert {attack.kind for attack in through} <= {"swapped", "halves turned", "crossed", "every second word"}
