@@ -50,6 +50,8 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     print(cross_validate(rows, args.folds, lm=lm))
     scorer.save(args.out)
     print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
+    if not args.held_out:
+        print("it knows the held-out texts and the judge's: before an evaluation fit it with --held-out 0.1")
 
 
 def fit_judge(argv: list[str] | None = None) -> None:
