@@ -1,35 +1,34 @@
 """How time and memory grow: with the completions of a prompt, the length of the context, the batch, and the data.
 
     python bench/scaling.py --model smollm2 --out bench/plots
+    python bench/scaling.py data scorer pairs                     # only these sweeps
+    python bench/scaling.py data scorer pairs --rows 1000         # and only this size
 
-Every point is one training step (adapters of rank 16: forward, backward, update) on random tokens, or one pass over so
-many rows; the middle one of --repeat measurements. Memory is the peak of the process while the point is measured, less
-what it held before. Writes one picture for each sweep and all numbers as scaling.json.
+completions, context, batch   one training step (adapters of rank 16: forward, backward, update) on random tokens
+data                          rows read from a CSV file and checked
+scorer                        strengths of so many questions for every type, by n-grams alone
+pairs                         make_pairs.py on so many rows: graded, written by a server with 64 requests under way (on
+                              this machine, and answering at once), verified
+
+Every point is a process of its own; of a training step it is the middle one of --repeat measurements. Memory is the
+peak of that process, less what it held before. Writes one picture for each sweep and all numbers as scaling.json.
 """
 
 import argparse
+import contextlib
+import csv
 import ctypes
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--sweeps", nargs="+", default=["completions", "context", "batch", "data", "scorer"])
-    parser.add_argument("--out", default="bench/plots")
-    return parser.parse_args()
-
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 SWEEPS = {
     # name: (what is varied, its values, (rows, context, completions) of a value)
@@ -38,7 +37,32 @@ SWEEPS = {
     "batch": ("rows of 200 + 16 tokens", [1, 2, 4, 8, 16], lambda n: (n, 200, 1)),
 }
 ROWS = [1_000, 10_000, 100_000]
+ROW_SWEEPS = {
+    "data": "rows of a CSV file",
+    "scorer": "questions",
+    "pairs": "rows, 64 requests under way",
+}
 QUESTION = 16  # tokens of a completion
+SAMPLE_ROWS = 680  # as many as ship
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    names = [*SWEEPS, *ROW_SWEEPS]
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help=f"{', '.join(names)} (default: all)")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="sizes of data, scorer and pairs")
+    parser.add_argument("--out", default="bench/plots")
+    parser.add_argument("--point", type=int, help=argparse.SUPPRESS)  # measure this size of the one sweep and say so
+    args = parser.parse_args()
+    args.sweeps = args.sweeps or names
+    for name in args.sweeps:
+        if name not in names:
+            parser.error(f"no sweep {name!r}; there are {', '.join(names)}")
+    return args
 
 
 def held(field: str) -> float:
@@ -69,7 +93,6 @@ def training_steps(args):
     """A function that makes a training step for (rows, context, completions)."""
     import torch
 
-    torch.set_num_threads(args.threads)
     from socratiq import losses, training
     from socratiq.batch import make_batch
     from socratiq.model import load_policy, token_logprobs
@@ -96,30 +119,95 @@ def training_steps(args):
 
 
 def many_rows(count: int):
-    """`count` rows, made from those that ship; every context is a text of its own."""
+    """`count` rows, made from those that ship; every context is a text of its own.
+
+    One at a time: what Python once held it keeps, and would use again where memory is measured.
+    """
     from socratiq.data import load_rows
 
     rows = load_rows("sample")
-    return [rows[i % len(rows)]._replace(context=f"{rows[i % len(rows)].context} ({i})") for i in range(count)]
+    for i in range(count):
+        row = rows[i % len(rows)]
+        yield row._replace(context=f"{row.context} ({i})")
 
 
-def load_many(count: int, folder: str) -> dict:
-    import csv
-
-    from socratiq.data import load_rows
-
+def write_rows(count: int, folder: str) -> str:
+    """A CSV file of `count` rows."""
     path = Path(folder) / f"{count}.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["context", "question", "type"])
         writer.writerows((row.context, row.question, row.type) for row in many_rows(count))
-    return measure(lambda: load_rows(str(path)), 1)
+    return str(path)
 
 
-def score_many(count: int, scorer) -> dict:
-    rows = [row for row in many_rows(count + count // 5) if row.type != "others"][:count]
-    columns = [row.context for row in rows], [row.question for row in rows], [row.type for row in rows]
-    return measure(lambda: scorer.reward(*columns), 1)
+def load_many(count: int, folder: str) -> dict:
+    from socratiq.data import load_rows
+
+    path = write_rows(count, folder)
+    return measure(lambda: load_rows(path), 1)
+
+
+def score_many(count: int) -> dict:
+    from socratiq.scorer import Scorer
+
+    scorer = Scorer.fit(list(many_rows(SAMPLE_ROWS)))
+    rows = list(many_rows(count))
+    contexts, questions = [row.context for row in rows], [row.question for row in rows]
+    return measure(lambda: scorer.strengths(contexts, questions), 1)
+
+
+def pair_many(count: int, folder: str) -> dict:
+    import openai.resources.chat  # noqa: F401  (loaded at the first request otherwise)
+
+    import make_pairs
+    from socratiq.scorer import Scorer
+
+    Scorer.fit(list(many_rows(SAMPLE_ROWS))).save(Path(folder) / "scorer")
+    with answering() as url:
+        arguments = ["--data", write_rows(count, folder), "--scorer", f"{folder}/scorer", "--out", f"{folder}/p.jsonl"]
+        sys.argv = ["make_pairs.py", *arguments, "--base-url", url, "--concurrency", "64"]
+        point = measure(make_pairs.run, 1)
+    lines = {name: (Path(folder) / f"{name}.jsonl").read_bytes().count(b"\n") for name in ("p", "p.answers")}
+    return {**point, "pairs": lines["p"], "requests": lines["p.answers"]}
+
+
+@contextlib.contextmanager
+def answering():
+    """The address of a server that answers at once, in a process of its own: what it takes is not counted."""
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    server = [sys.executable, str(ROOT / "tests" / "fault_server.py")]
+    process = subprocess.Popen(server, stdout=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_point(name: str, size: int, args) -> dict:
+    """In the point's own process."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    if name in SWEEPS:
+        step_of = training_steps(args)
+        step_of(1, 64, 1)()  # the first step makes the optimiser's moments
+        return measure(step_of(*SWEEPS[name][2](size)), args.repeat)
+    if name == "scorer":
+        return score_many(size)
+    with tempfile.TemporaryDirectory() as folder:
+        return (load_many if name == "data" else pair_many)(size, folder)
+
+
+def point_of(name: str, size: int, args) -> dict:
+    """What a process of its own found out about this size."""
+    settings = ["--model", args.model, "--dtype", args.dtype, "--threads", args.threads, "--repeat", args.repeat]
+    command = [sys.executable, __file__, name, "--point", size, *settings]
+    done = subprocess.run([str(x) for x in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"error: {name} with {size:,} ended with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def plot(name: str, label: str, points: dict[int, dict], out: Path) -> None:
@@ -147,33 +235,23 @@ def plot(name: str, label: str, points: dict[int, dict], out: Path) -> None:
 
 def main():
     args = parse_arguments()
+    if args.point:
+        print("\n" + json.dumps(measure_point(args.sweeps[0], args.point, args)))
+        return
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     results = json.loads((out / "scaling.json").read_text()) if (out / "scaling.json").exists() else {}
-    step_of = scorer = None
     for name in args.sweeps:
+        label, sizes = SWEEPS[name][:2] if name in SWEEPS else (ROW_SWEEPS[name], args.rows)
         points: dict[int, dict] = {}
-        if name in SWEEPS:
-            label, sizes, shape = SWEEPS[name]
-            step_of = step_of or training_steps(args)
-            step_of(1, 64, 1)()  # the first step makes the optimiser's moments
-        else:
-            label, sizes = "rows", ROWS
         for size in sizes:
-            if name in SWEEPS:
-                points[size] = measure(step_of(*shape(size)), args.repeat)
-            elif name == "data":
-                with tempfile.TemporaryDirectory() as folder:
-                    points[size] = load_many(size, folder)
-            else:
-                if scorer is None:
-                    from socratiq.scorer import Scorer
-
-                    scorer = Scorer.fit(many_rows(680))
-                points[size] = score_many(size, scorer)
-            point = points[size]
-            print(f"{name:12s} {size:7,d}: {point['seconds']:8.2f} s {point['mb']:7.0f} MB", flush=True)
-        plot(name, label, points, out)
+            points[size] = point = point_of(name, size, args)
+            done = point.get("requests", size)
+            unit = "requests" if "requests" in point else "rows"
+            speed = f" {done / point['seconds']:9,.0f} {unit} a second" if name in ROW_SWEEPS else ""
+            print(f"{name:12s} {size:7,d}: {point['seconds']:8.2f} s {point['mb']:7.0f} MB{speed}", flush=True)
+        if len(points) > 1:
+            plot(name, label, points, out)
         results[name] = points
         (out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
 
