@@ -417,7 +417,10 @@ ARGUMENTS = [  # before anything slow is imported
     ),
     (["train_sft", "--data", "https://me:secret@host/rows.csv"], "argument --data: an address must not hold a name..."),
     (["make_pairs", "--data", "https://me@host/rows.csv"], "argument --data: an address must not hold a name..."),
-    (["train_ppo", "--kl-horizon", "10"], "--kl-horizon: must be above a fifth of the samples of an iteration,..."),
+    (
+        ["train_ppo", "--kl-target", "1", "--kl-horizon", "10"],
+        "--kl-horizon: must be above a fifth of the samples of an iteration,...",
+    ),
     (["train_dpo", "--loss", "kto"], "argument --loss: invalid choice: 'kto' (...) (see train_dpo.py --help)"),
     (["train_ppo", "--temperature", "0"], "argument --temperature: must be above 0, not 0 (see train_ppo.py --help)"),
     (["train_ppo", "--samples-per-prompt", "0"], "argument --samples-per-prompt: must be at least 1, not 0 (...)"),

@@ -66,6 +66,9 @@ class FakeModel:
         self.seed = seed
         self.reads = 0
 
+    def forget(self):
+        pass
+
     def read_alone(self, questions):
         self.reads += len(questions)
         found = []
