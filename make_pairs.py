@@ -425,8 +425,8 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
 def mirrored(jobs: list[Job], scorer, figures, args) -> dict[int, dict]:
     """By the index of its job, what changes in a pair when it is turned round, for those that can be.
 
-    People write the chosen questions and a model the rejected ones: DPO can tell the two apart by that alone, and then
-    learns nothing about types. In a turned pair the model's question is the better one, being of the type that this
+    People write the chosen questions and a model the rejected ones: DPO can tell the two apart by that alone,
+    whatever their types. In a turned pair the model's question is the better one, being of the type that this
     pair asks for, by the same thresholds. Nobody's question is rejected for the type that a person labelled it with.
     """
     if not jobs:

@@ -37,13 +37,14 @@ def records_of(tasks: list[Task], answers: list[list[Answer]], classifiers: dict
         }
         for task, answer in pairs
     ]
+    rewards = classifiers["scorer"].reward(contexts, questions, types)  # first: what it has read is remembered
     for name, classifier in classifiers.items():
         strengths = classifier.strengths(contexts, questions)  # (N, T)
         rows = zip(records, strengths.tolist(), strengths.argmax(1).tolist(), strict=True)
         for record, strength, strongest in rows:
             record[name] = round(strength[classifier.types.index(record["type"])], 4)
             record[f"{name}_type"] = classifier.types[strongest]
-    for record, reward in zip(records, classifiers["scorer"].reward(contexts, questions, types).tolist(), strict=True):
+    for record, reward in zip(records, rewards.tolist(), strict=True):
         record["reward"] = round(reward, 4)
     return records
 

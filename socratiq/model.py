@@ -26,7 +26,7 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 huggingface_hub.utils.logging.set_verbosity_error()  # no line for every attempt to reach the Hub
 
-UNKNOWN = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
+UNSUPPORTED = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
 HEAD_CHUNK = 512  # scored positions per chunk of the head: bounds the logits at 512 x vocabulary
 
 
@@ -264,7 +264,7 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> nn.
         raise UserError(f"--model {name}: no model that can be read ({_first_line(error)})") from None
     if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
         raise UserError(f"--model {name}: {type(lm).__name__} has no .model trunk and .lm_head; use a Llama-like model")
-    odd = [name for name in UNKNOWN if getattr(lm.config, name, None) not in (None, 1, 1.0)]
+    odd = [name for name in UNSUPPORTED if getattr(lm.config, name, None) not in (None, 1, 1.0)]
     if odd:  # it would train as another model than the one that others run
         raise UserError(f"--model {name}: its {odd[0]} changes the logits, which this project does not implement")
     if found["missing_keys"]:  # transformers would put random numbers there and go on

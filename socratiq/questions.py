@@ -229,8 +229,8 @@ class Asker:
         if self.scorer is None:
             return found
         contexts = [task.context] * len(questions)
-        strengths = self.scorer.strengths(contexts, questions)
         rewards, parts = self.scorer.graded(contexts, questions, [task.type] * len(questions))
+        strengths = self.scorer.strengths(contexts, questions)  # after: what graded has read is remembered
         for i, (record, strength) in enumerate(zip(found, strengths.tolist(), strict=True)):
             record["strength"] = round(strength[self.scorer.types.index(task.type)], 4)
             record["strongest"] = self.scorer.types[max(range(len(strength)), key=strength.__getitem__)]
