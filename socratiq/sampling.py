@@ -13,6 +13,7 @@ import torch
 from socratiq import distributed
 from socratiq.batch import RowAttention, common_start
 from socratiq.model import Policy
+from socratiq.packed import packed
 
 
 def sample(
@@ -41,7 +42,7 @@ def sample(
     longest = max(map(len, prompts))
     policy.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}")
     # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
-    with torch.no_grad(), policy.precision():
+    with torch.no_grad(), policy.precision(), packed(policy.lm, len(prompts) * samples_per_prompt):
         return _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)
 
 
@@ -107,7 +108,7 @@ class Cache:
         self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B, kv_heads, P, d)
         self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B*K, kv_heads, T, d)
         self.group = torch.arange(len(lengths))  # which of the B prompts the cache still holds
-        self.blocked: torch.Tensor | None = None  # (B, 1, 1, P) True where a shorter prompt has no token
+        self.blocked: torch.Tensor | None = None  # (B, 1, 1, P) -inf where a shorter prompt has no token, else 0
         self.slots: torch.Tensor | None = None  # (N,) where the living samples stand in the B*K grid
         self.step = 0
 
@@ -132,7 +133,9 @@ class Cache:
         self.step = step
         if self.blocked is None:
             lengths = torch.tensor(self.lengths, device=alive.device)
-            self.blocked = (torch.arange(max(self.lengths), device=alive.device) >= lengths[:, None])[:, None, None]
+            past_the_end = torch.arange(max(self.lengths), device=alive.device) >= lengths[:, None, None, None]
+            keys = self.prompt[0][0]
+            self.blocked = keys.new_zeros(past_the_end.shape).masked_fill(past_the_end, float("-inf"))
             self.group = self.group.to(alive.device)
         needed = torch.isin(self.group, alive // self.samples)  # (B',)
         if needed.sum() < 0.8 * len(needed):  # copying has a price, so not for every single prompt
@@ -153,25 +156,23 @@ class Cache:
         length, grouped = self.step + 1, q.shape[1] // kv_heads
         own_k[self.slots, :, self.step] = k[0].transpose(0, 1)
         own_v[self.slots, :, self.step] = v[0].transpose(0, 1)
-        own_k, own_v = own_k[:, :, :length], own_v[:, :, :length]
+        own_k, own_v = own_k[:, :, :length].flatten(0, 1), own_v[:, :, :length].flatten(0, 1)  # (B*K*kv_heads, T, d)
+        prompt_k, prompt_v = prompt_k.flatten(0, 1), prompt_v.flatten(0, 1)  # (B*kv_heads, P, d)
 
         grid = q.new_zeros(prompts * self.samples, *q.shape[1::2])  # (B*K, heads, d), zero where a sample has finished
-        grid[self.slots] = q[0].transpose(0, 1)
-        own_q = grid.view(-1, kv_heads, grouped, d)  # heads that share a key head stand together
+        grid[self.slots] = q[0].transpose(0, 1) * scale
+        own_q = grid.view(-1, grouped, d)  # (B*K*kv_heads, grouped, d): heads that share a key head stand together
 
-        def to_shared(
-            x,
-        ):  # (B*K, kv_heads, grouped, n) -> (B, kv_heads, K*grouped, n), the K samples of a prompt together
+        def to_shared(x):  # (B*K*kv_heads, grouped, n) -> (B*kv_heads, K*grouped, n), the K samples of a prompt together
             x = x.view(prompts, self.samples, kv_heads, grouped, -1)
-            return x.transpose(1, 2).reshape(prompts, kv_heads, self.samples * grouped, -1)
+            return x.transpose(1, 2).reshape(prompts * kv_heads, self.samples * grouped, -1)
 
         def to_own(x):  # the way back
             x = x.view(prompts, kv_heads, self.samples, grouped, -1)
-            return x.transpose(1, 2).reshape(prompts * self.samples, kv_heads, grouped, -1)
+            return x.transpose(1, 2).reshape(prompts * self.samples * kv_heads, grouped, -1)
 
-        prompt_scores = (to_shared(own_q) @ prompt_k.transpose(-1, -2)).masked_fill(self.blocked, float("-inf"))
-        scores = torch.cat([prompt_scores, to_shared(own_q @ own_k.transpose(-1, -2))], dim=-1) * scale
-        weights = scores.float().softmax(-1).to(v.dtype)  # (B, kv_heads, K*grouped, P+T)
-
-        mixed = to_own(weights[..., :width] @ prompt_v) + to_own(weights[..., width:]) @ own_v
-        return mixed.reshape(-1, kv_heads * grouped, d)[self.slots][None]  # (1, N, heads, d)
+        blocked = self.blocked.expand(-1, kv_heads, -1, -1).flatten(0, 1)  # (B*kv_heads, 1, P)
+        scores = torch.cat([torch.baddbmm(blocked, to_shared(own_q), prompt_k.mT), to_shared(own_q @ own_k.mT)], dim=-1)
+        weights = scores.softmax(-1)  # (B*kv_heads, K*grouped, P+T); summed up in float32 whatever the precision
+        mixed = torch.baddbmm(to_own(weights[..., :width] @ prompt_v), to_own(weights[..., width:]), own_v)
+        return mixed.view(-1, kv_heads * grouped, d)[self.slots][None]  # (1, N, heads, d)
