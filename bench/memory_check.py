@@ -54,7 +54,8 @@ def work_of(model: str, case: dict):
     samples = {"sft": 1, "dpo": 2, "ppo": 2, "sampling": 2}[case["stage"]]
     if case["stage"] == "sampling":
         size = {**size, "rows": 4 * size["rows"]}
-    return Work(**case, **size, samples=samples, keeps_attention=size["prompt"] + samples * size["completion"] <= 512)
+    short = size["prompt"] + samples * size["completion"] <= 512
+    return Work(**case, **size, samples=samples, keeps_attention=short, packs_weights=True)
 
 
 def resident(field: str) -> float:

@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from socratiq import attacks
 from socratiq.data import load_rows
-from socratiq.grading import auc, place
+from socratiq.grading import auc, figures, place
 from socratiq.scorer import GATES, Scorer, open_language_model
 
 
@@ -57,9 +57,13 @@ def main() -> None:
     graded_texts = set(sorted({r.context for r in rows}, key=place)[: args.texts])
     strings: dict[str, list] = {}
     parts: dict[str, list] = {}
+    unseen, labels = [], []
     for fold in range(5):
         scorer = Scorer.fit([r for r in rows if place(r.context) % 5 != fold], lm=lm)
-        held = [r for r in rows if place(r.context) % 5 == fold and (r.context in graded_texts or r.type == "others")]
+        held = [r for r in rows if place(r.context) % 5 == fold]
+        unseen.append(scorer.strengths([r.context for r in held], [r.question for r in held]))
+        labels += [r.type for r in held]
+        held = [r for r in held if r.context in graded_texts or r.type == "others"]
         for name, some in groups(scorer, held, args.broken).items():
             strings.setdefault(name, []).extend(some)
             parts.setdefault(name, []).append(scorer.components(*zip(*[a[1:] for a in some], strict=True)))
@@ -67,6 +71,7 @@ def main() -> None:
     if args.keep:
         torch.save((strings, found), args.keep)
 
+    print(f"{figures(scorer.types, torch.cat(unseen), labels)}\n")
     for parts_of in found.values():  # the reward takes the root of the strength
         parts_of |= {name: parts_of[name].sqrt() for name in ("strength", "ngrams", "probe") if name in parts_of}
     factors = ["strength", *(name for name in GATES if name in found["own"])]

@@ -52,7 +52,7 @@ BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
 MARKUP = re.compile(r"<[|/\w]|##|\[/?[A-Z]+\]")  # of prompts and chats, such as <|im_end|>, ### and [INST]
 NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
-OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the context
+OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
 
 def form(question: str) -> float:
@@ -66,11 +66,11 @@ def form(question: str) -> float:
     return STUB(len(said)) * BREVITY(len(said)) * distinct
 
 
-def originality(context: str, question: str) -> float:
-    """0 where the question is little more than a piece of the context with a question mark."""
+def originality(prompt: str, question: str) -> float:
+    """0 where the question is little more than a piece of the prompt (its text, or the instruction) and a "?"."""
     said = words(question)
-    text = f" {' '.join(words(context))} "
-    run = 0  # length of the longest run of question words that stands in the context
+    text = f" {' '.join(words(prompt))} "
+    run = 0  # length of the longest run of question words that stands in the prompt
     for start in range(len(said)):
         while start + run < len(said) and f" {' '.join(said[start : start + run + 1])} " in text:
             run += 1

@@ -6,7 +6,6 @@ of the model. After the text:  log p(question | text). Questions about the same 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from socratiq.model import Policy, token_logprobs
 from socratiq.prompts import plain_ids
 
 BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
-DEPTHS = (0.3, 0.5)  # where the hidden states are read, as a share of the layers: type is clearest in the middle
+DEPTH = 0.5  # where the hidden states are read, as a share of the layers: type is clearest in the middle
 QUESTION_TOKENS, CONTEXT_TOKENS, FORWARD_TOKENS = 96, 384, 2048  # longer texts are cut; tokens run at once
 REMEMBERED = 20_000
 SENTENCE = "What do you mean by that?"
@@ -27,7 +26,7 @@ class Alone(NamedTuple):
     """A question read after an empty line."""
 
     logprobs: torch.Tensor  # (n,) of each of its tokens
-    features: torch.Tensor  # (2 H len(DEPTHS),) hidden states: mean over the question, and at its end
+    features: torch.Tensor  # (2 H,) hidden states: mean over the question, and at its end
 
 
 class LanguageModel:
@@ -49,7 +48,7 @@ class LanguageModel:
             logprobs, hidden = self._forward([self._ids(BETWEEN)], [[ids[q] for q in part]])
             start = len(self._ids(BETWEEN))
             for k, q in enumerate(part):
-                own = hidden[start : start + len(ids[q])]  # (n, layers H)
+                own = hidden[start : start + len(ids[q])]  # (n, H)
                 features = torch.cat([own.mean(0), own[-1]]) if len(own) else hidden.new_zeros(2 * hidden.shape[1])
                 self.alone[q] = Alone(logprobs[0, k, : len(ids[q])], features)
                 start += len(ids[q])
@@ -86,19 +85,20 @@ class LanguageModel:
         return plain_ids(self.tokenizer, text)[:longest]
 
     def _forward(self, prompts, completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs (B, K, C) and hidden states (N, layers H) of one packed batch, on the CPU in float32."""
+        """Log-probs (B, K, C) and hidden states (N, H) of one packed batch, on the CPU in float32."""
         seen: list[torch.Tensor] = []
 
         def keep(module, args, output):
             seen.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())  # (1, N, H) -> (N, H)
 
-        with contextlib.ExitStack() as stack, self.policy.reference() as policy:
+        with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            for depth in DEPTHS:
-                layer = layers[max(0, math.ceil(depth * len(layers)) - 1)]
-                stack.callback(layer.register_forward_hook(keep).remove)
-            logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
-        return logprobs.float().cpu(), torch.cat(seen, dim=1)
+            hook = layers[max(0, math.ceil(DEPTH * len(layers)) - 1)].register_forward_hook(keep)
+            try:
+                logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
+            finally:
+                hook.remove()
+        return logprobs.float().cpu(), seen[0]
 
 
 def _parts(items: list, size, most: int):

@@ -82,6 +82,7 @@ class Work(NamedTuple):
     four_bit: bool = False
     rollout: int | None = None  # PPO: prompts sampled at a time; `rows` are those of a minibatch
     keeps_attention: bool = False  # the CPU keeps the attention weights of short rows
+    packs_weights: bool = False  # the CPU of one process samples with a packed copy of the weights (packed.py)
 
 
 def estimate(shape: Shape, work: Work) -> dict[str, float]:
@@ -219,6 +220,14 @@ def backward(shape: Shape, work: Work) -> dict[str, float]:
 # --- sampling -------------------------------------------------------------------------------------------------------
 
 
+def copies(shape: Shape, work: Work) -> float:
+    """Weights held once more while tokens are sampled: packed, or else cast by autocast."""
+    if not work.packs_weights:
+        return casts(shape, work)
+    adapters = shape.adapters(work.rank) if work.stage != "sampling" else 0
+    return (2 if work.half else 4) * (shape.layers * shape.linear + shape.vocabulary * shape.hidden + adapters)
+
+
 def sampling(shape: Shape, work: Work) -> dict[str, float]:
     """The larger of two moments: the first layers' work on all prompts, and the last token with the cache full."""
     rows = -(-(work.rollout or work.rows) // work.devices)
@@ -229,8 +238,8 @@ def sampling(shape: Shape, work: Work) -> dict[str, float]:
     prompts = N * (e * (3 * shape.mlp + 2 * shape.hidden) + 4 * shape.hidden)
     # Logits of all samples: as they come, in float32, their softmax, its cumulative sum.
     drawn = rows * work.samples * shape.vocabulary * (e + 3 * 4)
-    first = {"activations": prompts + casts(shape, work), "logits": 0}
-    last = {"activations": casts(shape, work), "logits": drawn}
+    first = {"activations": prompts + copies(shape, work), "logits": 0}
+    last = {"activations": copies(shape, work), "logits": drawn}
     return {**held(shape, work), **max(first, last, key=lambda parts: sum(parts.values())), "cache": cache}
 
 

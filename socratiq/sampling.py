@@ -163,7 +163,7 @@ class Cache:
         grid[self.slots] = q[0].transpose(0, 1) * scale
         own_q = grid.view(-1, grouped, d)  # (B*K*kv_heads, grouped, d): heads that share a key head stand together
 
-        def to_shared(x):  # (B*K*kv_heads, grouped, n) -> (B*kv_heads, K*grouped, n), the K samples of a prompt together
+        def to_shared(x):  # (B*K*kv_heads, grouped, n) -> (B*kv_heads, K*grouped, n): samples of a prompt together
             x = x.view(prompts, self.samples, kv_heads, grouped, -1)
             return x.transpose(1, 2).reshape(prompts * kv_heads, self.samples * grouped, -1)
 

@@ -26,11 +26,14 @@ from socratiq import gates, grading
 from socratiq.errors import UserError
 from socratiq.grading import Figures, contradictions, place
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
+from socratiq.prompts import build_prompt
 
 GATES = ("form", "originality", "order", "relatedness", "fluency")
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
-DOUBT = (1.2, 1.5)  # relatedness is sigmoid(1.2 log-odds + 1.5): sharper, and in doubt for the question
+# Relatedness is sigmoid(a * log-odds + b), in doubt for the question; less so where a language model has looked.
+DOUBT, DOUBT_MODEL = (1.2, 1.9), (1.5, 1.3)
+FLUENCY_FLOOR = 0.2  # one genuine question in twenty reads odd to a small model; it is not to be worth nothing
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
@@ -142,20 +145,22 @@ class Scorer:
             return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES[: None if self.lm else -1])}
         if self.lm is not None:
             self.lm.forget()  # the same questions get the same bytes, whatever was graded before
-        pairs = list(zip(contexts, questions, strict=True))
+        rows = list(zip(contexts, questions, types, strict=True))
         parts = {
             "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
             "form": torch.tensor([gates.form(q) for q in questions]),
-            "originality": torch.tensor([gates.originality(c, q) for c, q in pairs]),
+            "originality": torch.tensor([gates.originality(build_prompt(c, t), q) for c, q, t in rows]),
             "order": torch.tensor([self.order(q) for q in questions]),
         }
-        *w, b = self.tensors["related" if self.lm is None else "related_model"]
-        own_text = self.evidence(contexts, questions) @ torch.stack(w) + b  # log-odds against another text
-        parts["relatedness"] = torch.sigmoid(DOUBT[0] * own_text + DOUBT[1])
+        *w, bias = self.tensors["related" if self.lm is None else "related_model"]
+        own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
+        a, b = DOUBT if self.lm is None else DOUBT_MODEL
+        parts["relatedness"] = torch.sigmoid(a * own_text + b)
         if self.lm is not None:
             ramps = [gates.Ramp(*ramp) for ramp in self.settings["fluency"]]
             read = [fluencies(a.logprobs) for a in self.lm.read_alone(questions)]
-            parts["fluency"] = torch.tensor([min(r(x) for r, x in zip(ramps, of, strict=True)) for of in read])
+            fluent = torch.tensor([min(r(x) for r, x in zip(ramps, of, strict=True)) for of in read])
+            parts["fluency"] = FLUENCY_FLOOR + (1 - FLUENCY_FLOOR) * fluent
         reward = parts["strength"].sqrt() * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
         if self.lm is not None:
             parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]

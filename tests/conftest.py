@@ -21,7 +21,7 @@ def scripts():
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs) and scorer/.
+    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs), scorer/ and deep_scorer/.
 
     In turned.jsonl the held-out texts are asked about in other words: what is learnt from the rest makes that worse.
     """
@@ -50,7 +50,7 @@ def poisoned(tmp_path_factory) -> Path:
 def make_inputs(folder: Path) -> None:
     from socratiq.data import Row, split_by_context
     from socratiq.prompts import build_prompt
-    from socratiq.scorer import Scorer
+    from socratiq.scorer import Scorer, open_language_model
 
     subjects = [
         "dogs",
@@ -88,4 +88,6 @@ def make_inputs(folder: Path) -> None:
     ]
     for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs), ("turned.jsonl", turned)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Scorer.fit([Row(row["context"], row["question"], row["type"], "") for row in rows]).save(folder / "scorer")
+    learn_from = [Row(row["context"], row["question"], row["type"], "") for row in rows]
+    Scorer.fit(learn_from).save(folder / "scorer")
+    Scorer.fit(learn_from, lm=open_language_model("tiny", "cpu", "float32")).save(folder / "deep_scorer")

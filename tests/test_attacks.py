@@ -4,6 +4,8 @@ python -m pytest -s tests/test_attacks.py              the bare scorer, and what
 python -m pytest -s -m slow tests/test_attacks.py      with smollm2 as its language model: minutes
 """
 
+import functools
+import random
 from typing import NamedTuple
 
 import pytest
@@ -96,3 +98,22 @@ def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found
     through = [a for a, x in zip(suite.strings, found.rewards, strict=True) if x >= found.mean]
     assert found.mean > 0.45 and len(through) <= 6
     assert {attack.kind for attack in through} <= {"swapped", "halves turned", "crossed", "every second word"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["words", "question"])
+def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
+    """Hill climbing, word by word, from random words and from a genuine question about another text."""
+    bare, rng = Scorer.fit(suite.learn_from), random.Random(0)
+    words = sorted({word for row in suite.learn_from for word in row.question.rstrip("?").split()})
+    own = [row for row in suite.genuine if row.type == "Clarity"][:3]
+    for row, other in zip(own, own[1:] + own[:1], strict=True):
+        first = " ".join(rng.sample(words, 10)) if start == "words" else other.question
+
+        def pays(questions, scorer, row=row):
+            return scorer.reward([row.context] * len(questions), questions, [row.type] * len(questions)).tolist()
+
+        for name, scorer in (("bare", bare), ("with smollm2", deep)):
+            best, value = attacks.climb(functools.partial(pays, scorer=scorer), first, words + row.context.split())
+            print(f"{name}: {value:.2f} for {best!r}")
+        assert value < found.mean

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from small import small_lm
 
-from socratiq import fused
+from socratiq import fused, lora
 from socratiq.batch import attend, common_start, make_batch
 from socratiq.lora import AddLowRank
+from socratiq.packed import packed
 
 
 def numbers(*shape):
@@ -88,3 +89,29 @@ def test_every_norm_and_mlp_of_a_layer_is_taken_over():
     fused.fuse(lm)
     taken = [type(module).__name__ for module in lm.model.layers.modules() if "forward" in vars(module)]
     assert sorted(taken) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_layers_compute_the_same(autocast, bias):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 16, bias=bias))
+    lora.add_lora(layers, 4, targets=("0",))
+    layers[0].lora_B.data.normal_()
+    x, close = torch.randn(1, 5, 24), 2e-2 if autocast else 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        plain = layers(x)
+        with packed(layers, rows=5):
+            torch.testing.assert_close(layers(x), plain, rtol=close, atol=close)
+            lora.enable(layers, False)
+            assert not torch.allclose(layers(x), plain, rtol=1e-1)
+        assert not torch.allclose(layers(x), plain, rtol=1e-1)  # still switched off
+        lora.enable(layers, True)
+        assert torch.equal(layers(x), plain)
+
+
+def test_packed_layers_are_plain_again_after_an_error():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(RuntimeError), torch.no_grad(), packed(layer, rows=1):
+        layer(torch.randn(1, 9))
+    assert "forward" not in vars(layer[0])

@@ -30,6 +30,7 @@ CASES = {
     "dpo bfloat16 accumulated": "train_dpo.py --steps 8 --batch-size 3 --accumulate 2 --dtype bfloat16",
     "dpo full": "train_dpo.py --steps 5 --batch-size 4 --lora-rank 0 --deterministic --checkpoint-every 3",
     "ppo": "train_ppo.py --steps 3 --kl-target 0.01 --kl-horizon 20",
+    "ppo with a language model in the scorer": "train_ppo.py --steps 3 --scorer {inputs}/deep_scorer --diversity",
     "ppo full bfloat16": "train_ppo.py --steps 3 --lora-rank 0 --dtype bfloat16 --reward patches:wordy",
 }
 

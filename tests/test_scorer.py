@@ -330,6 +330,12 @@ def test_originality_by_the_longest_copied_run():
     assert gates.originality("", "Why should speed matter?") == 1.0
 
 
+def test_a_question_copied_from_the_instruction_is_not_original(scorer):
+    copied = "You will see a text and you should generate one critical question in the format Clarity?"
+    parts = scorer.components(["My trams are slow."] * 2, [copied, "Are your trams slow?"], ["Clarity"] * 2)
+    assert parts["originality"].tolist() == [0.0, 1.0]
+
+
 def test_word_order_knows_a_question_from_its_shuffled_words():
     rows = load_rows("sample")
     held = sorted({r.context for r in rows})[:15]
