@@ -101,6 +101,13 @@ def test_what_saves_memory_saves_it():
         assert estimate(LLAMA_8B, work._replace(four_bit=True))["total"] < total
 
 
+def test_a_cpu_samples_with_a_packed_copy_of_the_weights():
+    work = Work(stage="sampling", prompt=200, completion=16)
+    plain, packed = (estimate(SHAPES["smollm2"], work._replace(packs_weights=packs)) for packs in (False, True))
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536  # query and output, key and value, gate, up and down
+    assert packed["total"] - plain["total"] == 2 * (30 * layer + 49152 * 576)
+
+
 def test_the_table(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["memory", "--model", "Llama 8B", "--devices", "1", "8"])
     errors.main(memory.run)
