@@ -270,8 +270,8 @@ class Run:
         self._tidy()
 
     def _tidy(self) -> None:
-        for name in WORK:
-            remove(self.out / name)
+        for path in (*(self.out / name for name in WORK), *self.out.glob(".tmp*")):
+            remove(path)  # .tmp and six letters is what a kill leaves of a file that safetensors was writing
 
 
 def _numbers(values: dict) -> dict:

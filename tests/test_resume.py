@@ -88,6 +88,7 @@ def test_kills(case, scripts, inputs, whole, tmp_path):
         if status:
             kills += 1
             assert (tmp_path / "out" / "checkpoint.safetensors").exists()
+            (tmp_path / "out" / ".tmpk1LLed").write_text("what a kill leaves of a file that safetensors was writing")
     assert kills > 2
     status, said, complained = scripts.run(command(case, inputs), cwd=tmp_path)
     assert (status, complained) == (0, "") and said
