@@ -435,6 +435,7 @@ def play(env: dict, arguments: list[str], output: str, errors: str) -> None:
     importlib.import_module("torch").set_num_threads(1)  # before there are threads: see child() of scripts.py
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(tempfile.gettempdir())  # where there is no runs/sft, as there is here after `make demo`
     for file, number in ((output, 1), (errors, 2)):
         os.dup2(os.open(file, os.O_WRONLY), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
