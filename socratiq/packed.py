@@ -37,7 +37,7 @@ def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether such weights lie on a CPU whose PyTorch multiplies by oneDNN in that precision."""
     if type(weight) is not nn.Parameter or weight.device.type != "cpu":  # FSDP's parts are of another type
         return False
-    if not torch.backends.mkldnn.is_available() or "AVX" not in torch.backends.cpu.get_cpu_capability():
+    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -50,14 +50,11 @@ def pack_linear(linear: nn.Linear, rows: int, dtype: torch.dtype):
 
 
 def cast_adapter(adapter: lora.LoRALinear, dtype: torch.dtype):
-    """The forward of an adapted layer: the same sums as lora.AddLowRank."""
+    """The forward of an adapted layer; what LoRALinear casts at every call is cast here."""
     A, B = adapter.lora_A.detach().to(dtype), adapter.lora_B.detach().to(dtype)
 
     def forward(x):
         y = adapter.base(x)
-        if adapter.enabled:
-            down = (x.to(dtype).flatten(0, -2) @ A.T).mul_(adapter.scale)  # (N, r)
-            y.view(-1, y.shape[-1]).addmm_(down, B.T)
-        return y
+        return lora.AddLowRank.apply(y, x, A, B, adapter.scale) if adapter.enabled else y
 
     return forward
