@@ -578,7 +578,8 @@ def grade(rows, held_out: set[str], seed: int, lm):
     strengths = found.strengths.new_zeros(len(rows), len(found.types))
     strengths[train] = found.strengths
     if held:
-        fitted = Scorer.fit(learn_from, seed, lm)  # knows the same types, those of the training rows
+        # It knows the same types, those of the training rows.
+        fitted = Scorer.fit(learn_from, seed, lm, only_strengths=True)
         strengths[held] = fitted.strengths([rows[i].context for i in held], [rows[i].question for i in held])
     return grading.figures(found.types, strengths, [row.type for row in rows])
 

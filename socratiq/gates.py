@@ -51,6 +51,7 @@ STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
 MARKUP = re.compile(r"<[|/\w]|##|\[/?[A-Z]+\]")  # of prompts and chats, such as <|im_end|>, ### and [INST]
+MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
 OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
@@ -62,8 +63,9 @@ def form(question: str) -> float:
     if not re.fullmatch(r"[^?？\n]*[^\W_][^?？\n\w]*[?？]", text) or not 2 <= len(said) <= 45 or MARKUP.search(text):
         return 0.0
     pairs = list(zip(said, said[1:]))  # noqa: B905, RUF007  (neighbours; itertools.pairwise reads no better)
+    marks = len(tokens(text)) - len(said) - 1
     distinct = VARIETY(len(set(said)) / len(said)) * NEW_PAIRS(len(set(pairs)) / len(pairs))
-    return STUB(len(said)) * BREVITY(len(said)) * distinct
+    return STUB(len(said)) * BREVITY(len(said)) * MARKS(marks / len(said)) * distinct
 
 
 def originality(prompt: str, question: str) -> float:

@@ -3,13 +3,14 @@
     python -m socratiq.scorer --data sample --out runs/scorer                   # seconds, no model
     python -m socratiq.scorer --data sample --out runs/scorer --model smollm2   # harder to fool
 
-    reward = sqrt(strength of the wanted type) * form * originality * order * relatedness [* fluency]
+    reward = sqrt(strength of the wanted type) * form * originality * relatedness * (order or, with a model, fluency)
 
 Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
 becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
-fluent a question is and how much more likely the text makes it. Every gate is in 0..1 and near 1 for nearly all genuine
-questions. The root of the strength, because whoever games a classifier gets strengths of 1 and loses nothing by it,
-while honest questions that are merely hard to classify are worth more. Rows labelled `others` are negatives.
+much more likely the text makes a question, and in the place of the n-gram model of word order how fluent it is
+(`socratiq.fluency`). Every gate is in 0..1 and near 1 for nearly all genuine questions. The root of the strength:
+whoever games a classifier gets strengths of 1 and loses nothing by it, while honest questions that are merely hard to
+classify are worth more. Rows labelled `others` are negatives.
 """
 
 if __name__ == "__main__":  # from a file of its own, so that --help need not wait for torch
@@ -24,6 +25,7 @@ import torch
 
 from socratiq import gates, grading
 from socratiq.errors import UserError
+from socratiq.fluency import Fluency
 from socratiq.grading import Figures, contradictions, place
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 from socratiq.prompts import build_prompt
@@ -33,7 +35,6 @@ CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
 # Relatedness is sigmoid(a * log-odds + b), in doubt for the question; less so where a language model has looked.
 DOUBT, DOUBT_MODEL = (1.2, 1.9), (1.5, 1.3)
-FLUENCY_FLOOR = 0.2  # one genuine question in twenty reads odd to a small model; it is not to be worth nothing
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
@@ -49,11 +50,12 @@ class Scorer:
         self.warnings: list[str] = []
 
     @classmethod
-    def fit(cls, rows, seed: int = 0, lm=None) -> "Scorer":
+    def fit(cls, rows, seed: int = 0, lm=None, only_strengths: bool = False) -> "Scorer":
         """Fit on rows with .context, .question, .type. `lm` (LanguageModel) adds the second layer.
 
         The order of the rows never matters, nor does the seed: nothing here is random. Raises UserError if no row has a
-        type. `.warnings` of the result names questions that carry two types.
+        type. `.warnings` of the result names questions that carry two types. With `only_strengths` the result can grade
+        types and gives no rewards: most of the time goes into what a language model has to read for its gates.
         """
         rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))
         types = sorted({r.type for r in rows} - {"others"})
@@ -71,12 +73,14 @@ class Scorer:
         tensors["related"] = scorer.fit_relatedness(rows)
         if lm is not None:
             scorer.lm = lm
-            alone = lm.read_alone(questions)
-            features = torch.stack([a.features for a in alone])
+            features = torch.stack([a.features for a in lm.read_alone(questions)])
             weight, bias = calibrated(fit_probe, probe_logits, features, target, part)
             tensors |= {"probe": weight, "probe_bias": bias}
-            ramps = [gates.Ramp.below(x, 0.1) for x in zip(*[fluencies(a.logprobs) for a in alone], strict=True)]
-            scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": ramps}
+            if only_strengths:
+                return scorer
+            fluency = Fluency.fit(lm, rows, CALIBRATION_PARTS)
+            tensors |= fluency.tensors
+            scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": fluency.ramps}
             some = sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS]
             tensors["related_model"] = scorer.fit_relatedness(some)
         return scorer
@@ -98,7 +102,7 @@ class Scorer:
         """This scorer with the language model that it was fitted with; None leaves it as it is."""
         if lm is not None:
             known, now = self.settings.get("signature"), lm.signature()
-            if known is None:
+            if known is None or "whole" not in self.tensors:
                 raise UserError("this scorer was fitted without a language model; fit it anew with --model")
             if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
                 raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
@@ -141,8 +145,9 @@ class Scorer:
     def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The reward (N,), and every part of it by name, each (N,) in 0..1. Raises UserError for an unknown type."""
         columns = torch.tensor([self._column(t) for t in types], dtype=torch.long)
+        left_out = "order" if self.lm else "fluency"  # a language model judges the order of words better
         if not questions:
-            return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES[: None if self.lm else -1])}
+            return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES) if name != left_out}
         if self.lm is not None:
             self.lm.forget()  # the same questions get the same bytes, whatever was graded before
         rows = list(zip(contexts, questions, types, strict=True))
@@ -150,17 +155,15 @@ class Scorer:
             "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
             "form": torch.tensor([gates.form(q) for q in questions]),
             "originality": torch.tensor([gates.originality(build_prompt(c, t), q) for c, q, t in rows]),
-            "order": torch.tensor([self.order(q) for q in questions]),
         }
+        if self.lm is None:
+            parts["order"] = torch.tensor([self.order(q) for q in questions])
         *w, bias = self.tensors["related" if self.lm is None else "related_model"]
         own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
         a, b = DOUBT if self.lm is None else DOUBT_MODEL
         parts["relatedness"] = torch.sigmoid(a * own_text + b)
         if self.lm is not None:
-            ramps = [gates.Ramp(*ramp) for ramp in self.settings["fluency"]]
-            read = [fluencies(a.logprobs) for a in self.lm.read_alone(questions)]
-            fluent = torch.tensor([min(r(x) for r, x in zip(ramps, of, strict=True)) for of in read])
-            parts["fluency"] = FLUENCY_FLOOR + (1 - FLUENCY_FLOOR) * fluent
+            parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, questions)
         reward = parts["strength"].sqrt() * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
         if self.lm is not None:
             parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]
@@ -232,18 +235,9 @@ class Scorer:
             ) from None
 
 
-def fluencies(logprobs: torch.Tensor) -> tuple[float, float, float]:
-    """Mean log-prob of a question's tokens (n,), of their lowest quarter, of their lowest two: how it reads, and where
-    it does not. The first token, which follows nothing, counts only in the mean."""
-    if len(logprobs) < 2:
-        return (-99.0,) * 3
-    low = logprobs[1:].sort().values
-    return tuple(x.mean().item() for x in (logprobs, low[: max(1, len(low) // 4)], low[:2]))
-
-
 def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None) -> Figures:
     """Grade every row by a scorer that saw neither it nor its context: `.strengths` (N, T) in the order of the rows."""
-    return grading.cross_validate(lambda some: Scorer.fit(some, seed, lm), rows, folds)
+    return grading.cross_validate(lambda some: Scorer.fit(some, seed, lm, only_strengths=True), rows, folds)
 
 
 def open_language_model(name: str, device: str = "auto", dtype: str = "auto"):

@@ -93,16 +93,16 @@ def found(suite, deep) -> Found:
 
 @pytest.mark.slow
 def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found):
-    """Five of 308 do: words swapped or halves turned within a question of many small words, one question's end on
-    another's beginning where the joint is a comma, and "What is English: a or a?"."""
+    """Two of 308 do, both one question's end on another's beginning, where the joint is a comma or an "and"."""
     through = [a for a, x in zip(suite.strings, found.rewards, strict=True) if x >= found.mean]
-    assert found.mean > 0.45 and len(through) <= 6
-    assert {attack.kind for attack in through} <= {"swapped", "halves turned", "crossed", "every second word"}
+    assert found.mean > 0.45 and len(through) <= 3
+    assert {attack.kind for attack in through} <= {"crossed"}
 
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-    reason="2,000 calls find salads of small words and commas that pay .95 and .98: not mended yet", strict=True
+    reason="beaten in part: one of three climbs from words (.72) and two from a question (.77, .98) get through",
+    strict=True,
 )
 @pytest.mark.parametrize("start", ["words", "question"])
 def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
@@ -110,6 +110,7 @@ def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
     bare, rng = Scorer.fit(suite.learn_from), random.Random(0)
     words = sorted({word for row in suite.learn_from for word in row.question.rstrip("?").split()})
     own = [row for row in suite.genuine if row.type == "Clarity"][:3]
+    paid = []
     for row, other in zip(own, own[1:] + own[:1], strict=True):
         first = " ".join(rng.sample(words, 10)) if start == "words" else other.question
 
@@ -119,4 +120,5 @@ def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
         for name, scorer in (("bare", bare), ("with smollm2", deep)):
             best, value = attacks.climb(functools.partial(pays, scorer=scorer), first, words + row.context.split())
             print(f"{name}: {value:.2f} for {best!r}")
-        assert value < found.mean
+        paid.append(value)  # by the scorer with smollm2
+    assert max(paid) < found.mean

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socratiq import fit, gates, grading, logistic
+from socratiq import fit, fluency, gates, grading, logistic
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
@@ -244,7 +244,7 @@ def test_the_reward_is_the_root_of_the_strength_times_the_gates(scorer, deep, la
     rows = [r for r in ROWS if r.type != "others"][:12]
     columns = [r.context for r in rows], [r.question for r in rows], [r.type for r in rows]
     reward, parts = used.graded(*columns)
-    gates_of = ["form", "originality", "order", "relatedness"] + (["fluency"] if layer == "deep" else [])
+    gates_of = ["form", "originality", *(["order", "relatedness"] if layer == "bare" else ["relatedness", "fluency"])]
     assert list(parts) == ["strength", *gates_of] + (["ngrams", "probe"] if layer == "deep" else [])
     expected = parts["strength"].sqrt()
     for name in gates_of:
@@ -265,7 +265,7 @@ def test_explain_says_what_reward_and_strengths_say(deep):
     strengths = deep.strengths([row.context], [row.question])[0].tolist()
     assert said["strength"] == pytest.approx(dict(zip(deep.types, strengths, strict=True)))
     assert set(said) == {"strength", "ngrams", "probe", "reward"} | {
-        "form", "originality", "order", "relatedness", "fluency",
+        "form", "originality", "relatedness", "fluency",
     }  # fmt: skip
     assert json.loads(json.dumps(said)) == said
 
@@ -286,6 +286,7 @@ def test_genuine_questions_pay_little_for_the_gates(scorer):
         ("  Why do you think so?  ", 1.0),
         ("Why do you think so ?", 1.0),
         ("Why do you call this “fair”?", 1.0),
+        ("So, do, you, really think so?", 0.5),  # a mark for two words: less than .4 a word cost nothing, .6 all
         ("What if?", 0.25),  # two words of the five that pay nothing
         ("Why do you?", 0.5),
         ("Why do you think so", 0.0),
@@ -434,8 +435,24 @@ def test_fluency_and_relatedness_by_the_model(deep):
         deep.components([c], [q], ["Reasons"])
         for c, q in ((row.context, row.question), (row.context, garbled), (other, row.question))
     )
-    assert fine["fluency"] > 0.9 and broken["fluency"] < 0.5
+    assert fine["fluency"] > 0.75 and broken["fluency"] < 0.5  # the fake model knows no order of words, hence no more
     assert fine["relatedness"] > 0.8 and elsewhere["relatedness"] < 0.5
+
+
+def test_signs_of_a_question_by_hand():
+    logprobs, turned = torch.tensor([-9.0, -1.0, -2.0, -6.0, -4.0]), torch.tensor([-10.0, -10.0, -8.0])
+    # low: -6, -4, -2, -1; a quarter is one of them; four words, 22 nats in this order and 28 in the other
+    assert fluency.signs_of("Why do you ask?", logprobs, turned) == pytest.approx([-4.4, -6.0, -5.0, -5.5, 1.5])
+    assert fluency.signs_of("?", logprobs[:1], turned) == [fluency.LEAST] * 5
+    assert fluency.backwards(" Why do you ask? ") == "ask you do Why?"
+
+
+def test_every_question_is_broken_twice_the_same_way_each_time():
+    rows = sorted((r for r in ROWS if r.type != "others"), key=lambda r: (r.question, r.type, r.context))
+    broken = fluency.broken_rows(rows)
+    assert broken == fluency.broken_rows(rows) and 1.8 * len(rows) < len(broken) <= 2 * len(rows)
+    assert not {question for _, question in broken} & {r.question for r in rows}
+    assert fluency.broken_rows([Row("", "Why?", "Clarity", "")]) == []  # nothing to break it with
 
 
 def test_a_model_is_handed_over_once_and_must_be_the_same(tmp_path, deep, scorer):
