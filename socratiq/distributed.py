@@ -13,10 +13,10 @@ can be continued on one. How:
 - Losses are divided by the tokens of all processes, and gradients added up (FSDP would take their mean).
 - What a later step needs whole (scores and old log-probs in PPO, metrics) is collected, and then computed by each
   process for itself, on the same numbers with the same result.
-- The first process alone prints and writes.
+- The first process alone prints and writes, except for checkpoints, to which every process adds a file with its part.
 
 Until `start` finds that torchrun started more than one process, every function here hands back what it was given, and
-torch.distributed is not imported.
+torch.distributed is not imported (but for `load_parts`, where one process continues what several began).
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ import json
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from socratiq.errors import UserError
+from socratiq.files import remove, sync
 
 _rank, _world = 0, 1
 
@@ -209,3 +211,47 @@ def part(tensor, parameter):
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save_parts(tensors: dict, folder: Path) -> dict:
+    """Write the tensors that are spread over the processes into `folder`, each process its part; hand back the others.
+
+    All is on the disk when this returns. The files are safetensors and say in their headers where a part belongs; only
+    the plan of who writes what is pickled, on its way between these processes.
+    """
+    spread = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
+    if spread:
+        import torch.distributed.checkpoint as dcp
+
+        first(lambda: remove(folder))  # left behind by a kill, perhaps of more processes: those files would be read too
+        # A file is put together in memory, so 64 tensors make one: it is small beside what this process holds.
+        files = {name: 1 + number // 64 for number, name in enumerate(spread)}
+        try:
+            dcp.save(spread, storage_writer=dcp.HuggingFaceStorageWriter(folder, files, save_distributed=True))
+        except dcp.api.CheckpointException as failed:
+            raise failed.failures[min(failed.failures)][0] from None  # a full disk, say
+        for place in (folder, folder.parent):
+            sync(place)
+    return {name: tensor for name, tensor in tensors.items() if name not in spread}
+
+
+def load_parts(folder: Path, parameters: dict) -> dict:
+    """This process's part of every tensor in `folder`, however many processes wrote it; one process gets all of it.
+
+    A tensor is called KIND.NAME and is spread as parameters[NAME] is: that weight, or one of its moments.
+    """
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    reader, tensors = dcp.HuggingFaceStorageReader(folder), {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        tensors[name] = torch.empty_like(parameters[name.partition(".")[2]], requires_grad=False)
+        if sum(chunk.sizes.numel() for chunk in stored.chunks) != tensors[name].numel():
+            raise KeyError(f"a part of {name} is missing in {folder}")
+    # Everybody knows what to read: nothing has to be planned together, which is what the warning is about.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

@@ -5,7 +5,8 @@ same machine and as many threads; on a GPU with --deterministic, else but for ro
 
 - whatever is random is drawn from a generator seeded with (seed, purpose, number of the step or epoch), so that the
   random state of any step can be rebuilt from its number alone;
-- a checkpoint is one file, written beside its place and renamed;
+- a checkpoint is one file, written beside its place and renamed; what several processes hold in parts, each has written
+  into a folder before that, and the file says that it counts;
 - the logs are cut back to the length they had at the checkpoint, and metrics.jsonl holds nothing that depends on the
   clock (that is in timings.jsonl);
 - a changed argument is refused, and so is a model, a scorer or a file of rows whose content has changed.
@@ -33,7 +34,8 @@ from socratiq.files import append_jsonl, atomic_write, lock, remove, replacing, 
 # Arguments that do not change the result: the command that continues a run may differ in them.
 FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "skip_nonfinite", "grad_checkpoint"}
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-WORK = ("checkpoint.safetensors", "best.safetensors", "reference.safetensors")  # gone when the run is finished
+# Gone when the run is finished. The folders of parts come after the file that they belong to.
+WORK = ("checkpoint.safetensors", "checkpoint-*", "best.safetensors", "reference.safetensors")
 
 # Arguments that name a file or folder, and which files of such a folder the result depends on.
 INPUTS = {
@@ -69,6 +71,7 @@ class Run:
         self.arguments = {"stage": stage, **vars(args), "contents": contents}
         self.stopping = 0  # the signal that asked us to stop
         self.in_step = False
+        self.saved = None  # the step of the last checkpoint
         self.skipped = 0  # updates skipped for a non-finite number
         self.finished = distributed.first(self._check_place)
         if self.finished:
@@ -186,25 +189,28 @@ class Run:
         distributed.first(self._take)
         if not distributed.first(self.checkpoint.exists):
             return {}
+        parameters = policy.trainable()
         moments = {}  # number of the parameter -> what the optimiser knows of it
         try:
             with safe_open(self.checkpoint, "pt", device=str(policy.device)) as file:
-                state, names = json.loads(file.metadata()["state"]), file.keys()
-                for number, (name, parameter) in enumerate(policy.trainable().items()):
-                    parameter.data.copy_(distributed.part(file.get_tensor(f"weight.{name}"), parameter))
-                    prefix = f"optimizer.{name}."
+                state = json.loads(file.metadata()["state"])
+                parts = distributed.load_parts(self._folder(state), parameters) if state["processes"] > 1 else {}
+                names = {*file.keys(), *parts}
+                kinds = sorted({name.partition(".")[0] for name in names})
+                for number, (name, parameter) in enumerate(parameters.items()):
                     moments[number] = {
-                        key[len(prefix) :]: distributed.part(file.get_tensor(key), parameter)
-                        for key in names
-                        if key.startswith(prefix)
+                        kind: parts.pop(key) if key in parts else distributed.part(file.get_tensor(key), parameter)
+                        for kind in kinds
+                        if (key := f"{kind}.{name}") in names
                     }
-        except (SafetensorError, KeyError) as error:
+                    parameter.data.copy_(moments[number].pop("weight"))
+        except (SafetensorError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.checkpoint} cannot be read ({error}); --restart begins anew") from None
         # The optimiser itself knows on which device and in which type it wants its moments and step counts.
         moments = {number: known for number, known in moments.items() if known}
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
         distributed.first(lambda: self._cut_logs(state["log_lengths"]))
-        self.skipped = state["skipped"]
+        self.saved, self.skipped = state["step"], state["skipped"]
         print(f"continuing {self.out} after step {state['step']}")
         return state
 
@@ -243,12 +249,15 @@ class Run:
         """Write the checkpoint: trained weights, optimiser moments, and `state`, which JSON must hold exactly."""
         from safetensors.torch import save_file
 
+        if state["step"] == self.saved:  # asked to stop just after a checkpoint, whose parts must stay as they are
+            return
         parameters = policy.trainable()
         tensors = {f"weight.{name}": parameter.detach() for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{name}.{key}"] = value
-        tensors = distributed.gather(tensors)
+            for kind, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{kind}.{name}"] = value
+        tensors = distributed.save_parts(tensors, self._folder(state))
+        self.saved = state["step"]
         if distributed.rank() > 0:
             return
         lengths = {}
@@ -256,9 +265,16 @@ class Run:
             if log.exists():
                 sync(log)  # what the checkpoint counts on is on the disk before it
                 lengths[log.name] = log.stat().st_size
-        state = {**state, "skipped": self.skipped, "log_lengths": lengths}
+        state = {**state, "processes": distributed.world(), "skipped": self.skipped, "log_lengths": lengths}
         with replacing(self.checkpoint) as temporary:
             save_file({name: x.contiguous() for name, x in tensors.items()}, temporary, {"state": to_json(state)})
+        for folder in self.out.glob("checkpoint-*"):
+            if folder != self._folder(state):
+                remove(folder)
+
+    def _folder(self, state: dict) -> Path:
+        """Where several processes put their parts. Every checkpoint has its own, so that the one before stays whole."""
+        return self.out / f"checkpoint-{state['step']}"
 
     def finish(self, **summary) -> None:
         """The end: summary.json marks the run as finished, and what only served the work on it goes."""
@@ -270,7 +286,7 @@ class Run:
         self._tidy()
 
     def _tidy(self) -> None:
-        for path in (*(self.out / name for name in WORK), *self.out.glob(".tmp*")):
+        for path in (path for name in (*WORK, ".tmp*") for path in self.out.glob(name)):
             remove(path)  # .tmp and six letters is what a kill leaves of a file that safetensors was writing
 
 
