@@ -5,9 +5,11 @@ kernel clears every page anew, 4 kB at a time, which shows where such tensors ar
 settings below they come from the heap and the heap is never trimmed, so that a step works in the pages of the step
 before. The price: memory that is free within the process stays with the process until it ends.
 
-Steps of ever new sizes leave holes in the heap, whether tuned or not: 25 updates of SFT with adapters held 3.7 GB in
-the end, of which tensors were 2.3. MALLOC_MMAP_THRESHOLD_=65536 MALLOC_MMAP_MAX_=1000000 SOCRATIQ_MALLOC=0 in the
-environment gives every tensor back at once: 2.6 GB, at 1.8 times the time.
+The heap has holes. Twelve updates of SmolLM2 with every weight trained held 4.3 GB in the end, of which 2.8 were in use
+at the peak; likely because glibc (2.36) asks for more than a tensor's size, to align it, and so does not find room in
+the hole that one of the same size left. Returning free pages at every step (malloc_trim) made it 3.5 GB at 1.3 times
+the time, at every eighth step it changed little. jemalloc has fewer holes: LD_PRELOAD=libjemalloc.so.2 in the
+environment made it 3.3 GB, in no more time (bench/RESULTS.md); what stands here then does nothing.
 
 SOCRATIQ_MALLOC=0 in the environment leaves the allocator alone.
 """

@@ -26,6 +26,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from socratiq import fused
 
+FILLED = 512  # batches of more tokens are filled up to a multiple of fused.ROUND, so that sizes repeat
 SHORT = 512  # keys of a row up to which the CPU keeps attention weights instead of computing them twice
 
 
@@ -121,6 +122,10 @@ def make_batch(prompts: list[list[int]], completions: list[list[list[int]]], sam
         masks.append(sibling_mask(len(prompt), [len(c) for c in row])[shared:] if samples > 1 else None)
     if not prompts:
         input_ids, position_ids, lengths, masks = [0], [0], [1], [None]
+    if len(input_ids) > FILLED:  # one more row, which nobody reads
+        fill = -len(input_ids) % fused.ROUND
+        input_ids, position_ids = input_ids + [0] * fill, position_ids + [0] * fill
+        lengths, masks = lengths + [fill] * (fill > 0), masks + [None] * (fill > 0)
     return Batch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),

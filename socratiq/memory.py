@@ -19,6 +19,7 @@ from typing import NamedTuple
 from socratiq import cli
 from socratiq.errors import UserError, main
 
+ROUND = 32  # the length of a row is filled up to a multiple of it where attention weights are kept (fused.py)
 HEAD_CHUNK = 512  # scored positions whose logits exist at a time (model.py)
 STAGES = ("sft", "dpo", "ppo", "sampling")
 
@@ -150,12 +151,14 @@ def layer_activations(shape: Shape, work: Work) -> float:
         + 2 * e * shape.hidden  # normed, the inputs of query, key, value and of gate, up
         + e * (Q + 2 * S)  # query, key, value
         + e * Q  # output of the attention, the input of the output projection
-        + 3 * e * shape.mlp  # gate, up, and the input of down
+        + 2 * e * shape.mlp  # gate and up; their product is computed again
         + 7 * e * work.rank  # x A^T of every adapter
     )
-    own = work.prompt - work.shared + work.samples * work.completion  # tokens of a row beside the shared ones
     if work.keeps_attention:
-        kept += rows * own * e * (shape.heads * (work.shared + own) + 2 * S * work.shared / own)
+        own = work.prompt - work.shared + work.samples * work.completion  # tokens of a row beside the shared ones
+        filled = -(-own // ROUND) * ROUND
+        copied = 2 * S * (work.shared + filled - own) + Q * (filled - own)
+        kept += rows * e * (shape.heads * filled * (work.shared + filled) + copied)
     return kept
 
 
@@ -171,13 +174,6 @@ def activations(shape: Shape, work: Work) -> float:
     return shape.layers * layer_activations(shape, work) + masks
 
 
-def casts(shape: Shape, work: Work) -> float:
-    """Autocast's bfloat16 copies of trained weights, kept until the backward pass. FSDP gathers in bfloat16 instead."""
-    if not work.half or work.rank > 0 or work.devices > 1 or work.stage == "sampling":
-        return 0
-    return 2 * (shape.layers * shape.linear + shape.vocabulary * shape.hidden)
-
-
 def logits(shape: Shape, work: Work) -> float:
     """One chunk of logits, its gradient, and the gradient before the temperature."""
     _, M, _ = tokens(work)
@@ -185,10 +181,10 @@ def logits(shape: Shape, work: Work) -> float:
 
 
 def in_passing(shape: Shape, work: Work) -> float:
-    """What a layer needs for a moment in its backward pass: gradients of gate, up, their product, and of the sum."""
+    """What a layer needs for a moment in its backward pass: gate times up, gradients of all three, and of the sum."""
     N, _, _ = tokens(work)
     e = 2 if work.half else 4
-    return N * (4 * e * shape.mlp + 3 * 4 * shape.hidden)
+    return N * (5 * e * shape.mlp + 3 * 4 * shape.hidden)
 
 
 def forward(shape: Shape, work: Work) -> dict[str, float]:
@@ -197,7 +193,7 @@ def forward(shape: Shape, work: Work) -> dict[str, float]:
     return {
         **held(shape, work),
         "gradients": 4 * shape.vocabulary * shape.hidden if full else 0,  # of the head
-        "activations": activations(shape, work) + in_passing(shape, work) + casts(shape, work),
+        "activations": activations(shape, work) + in_passing(shape, work),
         "logits": logits(shape, work),
     }
 
@@ -212,7 +208,7 @@ def backward(shape: Shape, work: Work) -> dict[str, float]:
     return {
         **held(shape, work),
         "gradients": 4 * trained / work.devices + whole,
-        "activations": layer_activations(shape, work) + in_passing(shape, work) + casts(shape, work),
+        "activations": layer_activations(shape, work) + in_passing(shape, work),
         "logits": 0,
     }
 
@@ -221,11 +217,13 @@ def backward(shape: Shape, work: Work) -> dict[str, float]:
 
 
 def copies(shape: Shape, work: Work) -> float:
-    """Weights held once more while tokens are sampled: packed, or else cast by autocast."""
-    if not work.packs_weights:
-        return casts(shape, work)
-    adapters = shape.adapters(work.rank) if work.stage != "sampling" else 0
-    return (2 if work.half else 4) * (shape.layers * shape.linear + shape.vocabulary * shape.hidden + adapters)
+    """Weights held once more while tokens are sampled: packed, or cast by autocast, which FSDP does by itself."""
+    matrices = shape.layers * shape.linear + shape.vocabulary * shape.hidden
+    if work.packs_weights:
+        adapters = shape.adapters(work.rank) if work.stage != "sampling" else 0
+        return (2 if work.half else 4) * (matrices + adapters)
+    trained = work.stage != "sampling" and work.rank == 0
+    return 2 * matrices if trained and work.half and work.devices == 1 else 0
 
 
 def sampling(shape: Shape, work: Work) -> dict[str, float]:

@@ -222,8 +222,8 @@ def load_policy(
     lm.to("cpu" if trainable and distributed.world() > 1 else where).eval()
     if grad_checkpoint:  # transformers' layers look after it themselves
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    # Both want train mode, which changes nothing else, dropout being off: layers look at it before they checkpoint, and
-    # in eval mode bitsandbytes may repack a weight for inference, after which it passes no gradient.
+    # Both want train mode, which changes no number, dropout being off: layers look at it before they checkpoint, and in
+    # eval mode bitsandbytes may repack a weight for inference, after which it passes no gradient.
     lm.train(grad_checkpoint or load_in_4bit)
     torch.manual_seed(seed)
     if not trainable:

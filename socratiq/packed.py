@@ -24,13 +24,16 @@ def packed(lm: nn.Module, rows: int):
     if can_pack(next(lm.parameters()), dtype):
         changed |= {m: pack_linear(m, rows, dtype) for m in lm.modules() if type(m) is nn.Linear}
         changed |= {m: cast_adapter(m, dtype) for _, m in lora.adapters(lm)}
+    before = {module: module.__dict__.get("forward") for module in changed}  # fused.py's, where it has its own
     for module, forward in changed.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module in changed:
+        for module, forward in before.items():
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:

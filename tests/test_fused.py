@@ -84,11 +84,51 @@ def test_the_common_start_stands_in_the_batch_once():
     assert batch.read.tolist() == [2, 3, 6, 7]
 
 
-def test_every_norm_and_mlp_of_a_layer_is_taken_over():
+def test_a_large_batch_is_filled_up_with_tokens_that_nobody_reads():
+    prompt, completions = [7] * 600, [[1, 2], [3]]
+    batch = make_batch([prompt, [8] * 9], [completions, completions])
+    assert batch.input_ids.numel() == 640 and sum(batch.attend.lengths) == 640
+    assert batch.attend.lengths[:2] == [603, 12] and batch.read.max() < 615
+
+
+def test_every_linear_layer_norm_and_mlp_is_taken_over():
     lm = small_lm()
     fused.fuse(lm)
-    taken = [type(module).__name__ for module in lm.model.layers.modules() if "forward" in vars(module)]
-    assert sorted(taken) == ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
+    taken = [type(module).__name__ for module in lm.modules() if "forward" in vars(module)]
+    assert sorted(taken) == ["Linear"] * 15 + ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear(bias):
+    inputs = numbers(2, 5, 8), numbers(6, 8), numbers(6) if bias else None
+    compare(
+        lambda *given: fused.Linear.apply(*given, *[None] * (not bias)),
+        lambda *given: F.linear(*given),
+        inputs[: 2 + bias],
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_mlp_computes_its_product_again_to_the_same_gradients(autocast, rank):
+    gradients = []
+    for fuse in (False, True):
+        lm = small_lm().eval()
+        if rank:
+            lora.add_lora(lm, rank)
+            for _, adapter in lora.adapters(lm):
+                torch.nn.init.normal_(adapter.lora_B)
+        if fuse:
+            fused.fuse(lm)
+        mlp, x = lm.model.layers[0].mlp, numbers(1, 9, 32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = mlp(x)
+        y.float().square().sum().backward()
+        trained = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
+        gradients.append([x.grad, *[parameter.grad for parameter in trained]])
+    close = 5e-2 if autocast else 1e-5
+    for mine, plain in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(mine, plain, rtol=close, atol=close * plain.abs().max().item())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
