@@ -11,7 +11,8 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT = 340, 190
-LEFT, RIGHT, TOP, BOTTOM = 40, 8, 8, 22  # margins around the plot
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22  # margins around the plot
+DROP = 10  # how far a dot hangs below the one that it would hide
 MOST_POINTS = 240  # more are averaged in groups before they are drawn
 
 
@@ -58,7 +59,7 @@ def line_chart(lines: Sequence[Line], name: str, band=None, mark=None, floor=Non
         parts.append(
             f'<rect class="band" x="{LEFT}" y="{top:.1f}" width="{WIDTH - RIGHT - LEFT}" height="{bottom - top:.1f}"/>'
         )
-    for tick in ticks(low, high, 4):
+    for tick in ticks(low, high, 5):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
         parts.append(text(LEFT - 5, y(tick) + 3.5, number(tick), "end"))
     for tick in ticks(x.low, x.high, 5, whole=True):
@@ -67,15 +68,16 @@ def line_chart(lines: Sequence[Line], name: str, band=None, mark=None, floor=Non
     if mark and low <= mark[0] <= high:
         at = y(mark[0])
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(text(WIDTH - RIGHT - 2, at - 4 if at > TOP + 14 else at + 11, mark[1], "end", "note"))
     for line in lines:
-        noisy = len(line.points) > 12 and not line.dots
+        noisy = is_noisy(line)
         style = f'style="--c:var(--{line.color})"'
         parts.append(path(line.points, x, y, "raw" if noisy else "curve", style))
         if noisy:
             parts.append(path(smooth(line.points), x, y, "curve", style))
         if line.dots or len(line.points) == 1:
             parts += [f'<circle class="dot" cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.8" {style}/>' for a, b in line.points]
+    if mark and low <= mark[0] <= high:  # on top of the curves
+        parts.append(text(WIDTH - RIGHT - 2, at - 4 if at > TOP + 14 else at + 11, mark[1], "end", "note"))
     data = [[line.label, line.color, [[a, float(f"{b:.4g}")] for a, b in line.points]] for line in lines]
     frame = [x.low, x.high, LEFT, WIDTH - RIGHT]
     return svg(parts, name, f' data-lines="{escape(json.dumps(data))}" data-x="{escape(json.dumps(frame))}"')
@@ -83,7 +85,7 @@ def line_chart(lines: Sequence[Line], name: str, band=None, mark=None, floor=Non
 
 def histogram(values: Sequence[float], name: str, color: str, bins: int = 20) -> str:
     """How often each tenth or twentieth of 0..1 occurs, with the mean as a line. Narrow: several stand in a row."""
-    width, height, bottom = 200, 92, 18
+    width, height, bottom = 172, 92, 18
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int(value * bins)))] += 1
@@ -105,7 +107,7 @@ def histogram(values: Sequence[float], name: str, color: str, bins: int = 20) ->
         parts.append(f'<line class="mean" x1="{at:.1f}" x2="{at:.1f}" y1="2" y2="{y(0):.1f}"/>')
         side, anchor = (at + 4, "start") if average < 0.6 else (at - 4, "end")
         parts.append(text(side, 10, f"mean {average:.2f}", anchor, "note"))
-    return svg(parts, name, width=width, height=height)
+    return svg(parts, name, width=width, height=height, kind="chart small")
 
 
 class Dot(NamedTuple):
@@ -121,14 +123,18 @@ class Dot(NamedTuple):
 def dot_chart(rows: Sequence[tuple[str, Sequence[Dot]]], name: str, mark=None, spread: bool = False) -> str:
     """Rows of dots on an axis from 0 to 1: (title, dots). `mark` (value, label) is a dashed line across all rows.
 
-    With `spread` every dot has a line of its own, label to the left, interval drawn; else a row's dots share a line.
+    With `spread` every dot has a line of its own, label to the left, interval drawn; else a row's dots share a line,
+    and those that would hide another hang below it.
     """
-    step = 26 if spread else 38
     left = 74 if spread else 10
     x = Scale(0, 1, left, WIDTH - 14)
     top = 16 if mark else 6
     lines = [(title, [dot]) for title, dots in rows for dot in dots] if spread else list(rows)
-    height = top + step * len(lines) + 18
+    drops = [[0] * len(dots) if spread else below([x(dot.value) for dot in dots]) for _, dots in lines]
+    starts = [top]  # of each line, and where the last one ends
+    for drop in drops:
+        starts.append(starts[-1] + (30 if spread else 38 + DROP * max(drop, default=0)))
+    height = starts[-1] + 18
     parts = []
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{height - 18}"/>')
@@ -136,11 +142,10 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[Dot]]], name: str, mark=None, s
     if mark:
         parts.append(text(x(mark[0]), 11, mark[1], "middle", "note"))
     for i, (title, dots) in enumerate(lines):
-        at = top + step * i + (step / 2 if spread else step - 13)
+        at = starts[i] + (18 if spread else 25)
         if mark:
-            parts.append(
-                f'<line class="mark" x1="{x(mark[0]):.1f}" x2="{x(mark[0]):.1f}" y1="{at - 8:.1f}" y2="{at + 8:.1f}"/>'
-            )
+            ends = f'y1="{at - 6:.1f}" y2="{at + 8:.1f}"'
+            parts.append(f'<line class="mark" x1="{x(mark[0]):.1f}" x2="{x(mark[0]):.1f}" {ends}/>')
         if spread:
             parts.append(text(left - 10, at + 4, dots[0].label, "end", "label"))
         else:
@@ -149,25 +154,41 @@ def dot_chart(rows: Sequence[tuple[str, Sequence[Dot]]], name: str, mark=None, s
             parts.append(
                 f'<line class="thread" x1="{min(ends):.1f}" x2="{max(ends):.1f}" y1="{at:.1f}" y2="{at:.1f}"/>'
             )
-        for dot in dots:
+        for dot, drop in zip(dots, drops[i], strict=True):
             style = f'style="--c:var(--{dot.color})"'
             if spread and dot.low is not None and dot.high is not None:
                 ends = f'x1="{x(dot.low):.1f}" x2="{x(dot.high):.1f}" y1="{at:.1f}" y2="{at:.1f}"'
                 parts.append(f'<line class="span" {ends} {style}/>')
-            said = escape(f"{dot.label} {dot.value:.0%}")
-            where = f'cx="{x(dot.value):.1f}" cy="{at:.1f}" r="5"'
+            said = escape(f"{dot.label} {half_up(100 * dot.value)}%")
+            where = f'cx="{x(dot.value):.1f}" cy="{at + DROP * drop:.1f}" r="4.5"'
             parts.append(f'<circle class="dot" {where} {style}><title>{said}</title></circle>')
             if spread:
-                parts.append(text(x(dot.value), at - 8, f"{dot.value:.0%}", "middle", "value"))
+                parts.append(text(x(dot.value), at - 8, f"{half_up(100 * dot.value)}%", "middle", "value"))
     return svg(parts, name, height=height)
+
+
+def below(places: Sequence[float]) -> list[int]:
+    """How many dots lie above each dot, where dots at these places would otherwise hide one another."""
+    drops: list[int] = []
+    for i, place in enumerate(places):
+        taken = {drops[k] for k in range(i) if abs(places[k] - place) < 5}
+        drops.append(next(drop for drop in range(i + 1) if drop not in taken))
+    return drops
+
+
+def half_up(x: float) -> int:
+    """The nearest whole number; a half goes up."""
+    return math.floor(x + 0.5 + 1e-9)
 
 
 # --- the pieces -----------------------------------------------------------------------------------------------------
 
 
-def svg(parts: Sequence[str], name: str, more: str = "", width: int = WIDTH, height: int = HEIGHT) -> str:
+def svg(
+    parts: Sequence[str], name: str, more: str = "", width: int = WIDTH, height: int = HEIGHT, kind: str = "chart"
+) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}"{more}>'
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(name)}"{more}>'
         f"{''.join(parts)}</svg>"
     )
 
@@ -204,6 +225,16 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     reach = max(1, len(points) // 20)
     around = [[value for _, value in points[max(0, i - reach) : i + reach + 1]] for i in range(len(points))]
     return [(step, sum(near) / len(near)) for (step, _), near in zip(points, around, strict=True)]
+
+
+def is_noisy(line: Line) -> bool:
+    return len(line.points) > 12 and not line.dots
+
+
+def start(line: Line) -> float:
+    """Where the curve begins; of a noisy one, its moving average: the first batch alone says little."""
+    points = thinned(finite(line.points))
+    return (smooth(points) if is_noisy(line._replace(points=points)) else points)[0][1]
 
 
 def limits(values: Sequence[float], wanted: Sequence[float]) -> tuple[float, float]:

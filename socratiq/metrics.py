@@ -19,11 +19,12 @@ class Curve(NamedTuple):
 class Chart(NamedTuple):
     """Metrics that are looked at together.
 
-    band:  the healthy range (low, high), infinite where open, or a function of (first values by metric, arguments of
-           the run) that gives one or None
+    band:  the healthy range (low, high), infinite where open, or a function of (where each metric's curve begins,
+           arguments of the run) that gives one or None
     mark:  a value to compare with and what it is
     floor: a value the axis should show if it is near
     since: the first step that is drawn: before the first update some figures say nothing
+    unit:  of the vertical axis
     """
 
     title: str
@@ -35,10 +36,11 @@ class Chart(NamedTuple):
     mark: tuple[float, str] | None = None
     floor: float | None = None
     since: int = 0
+    unit: str = ""
 
 
 def near_start(metric: str, low: float, high: float):
-    """A band that runs from `low` to `high` times the metric's first value."""
+    """A band that runs from `low` to `high` times where the metric's curve begins."""
 
     def band(first: dict, args: dict):
         if metric not in first:
@@ -51,6 +53,11 @@ def near_start(metric: str, low: float, high: float):
 def clip_norm(first: dict, args: dict):
     norm = args.get("max_grad_norm")
     return (0, norm) if isinstance(norm, int | float) else None
+
+
+def few_more(first: dict, args: dict):
+    start = first.get("diversity/repeated_openers")
+    return None if start is None else (0, max(0.1, 1.5 * start))  # a rollout may begin without any
 
 
 GRADIENT = Chart(
@@ -74,6 +81,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "The held-out dots turn up while training goes on falling: it learns by heart; fewer --epochs. "
             "Leaps: lower --lr.",
             near_start("eval/loss", 0.4, 0.95),
+            unit="nats per token",
         ),
         Chart(
             "Held-out perplexity",
@@ -83,6 +91,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Unchanged: nothing was learned (learning rate, labels). Near 1: a held-out text was trained on.",
             near_start("eval/perplexity", 0.05, 0.8),
             floor=1,
+            unit="tokens",
         ),
         GRADIENT,
     ),
@@ -95,25 +104,28 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Near 0 within an epoch: the pairs are too easy, or beta too small. Above ln 2: it learns the reverse.",
             (0.2, math.log(2)),
             (math.log(2), "ln 2: knows nothing"),
+            unit="nats per pair",
         ),
         Chart(
             "Accuracy",
             (Curve("rewards/accuracies", "training", "dpo"), Curve("eval/rewards/accuracies", "held out", "held")),
             "Share of pairs whose chosen question gained more on the reference than the rejected one.",
-            "From a coin toss to 70-95%.",
+            "Climbs from a coin toss to between 70 and 95%.",
             "Stuck at 50%: the pairs carry no signal. 100% at once: they differ in something trivial, such as length.",
             (0.7, 0.95),
             (0.5, "coin toss"),
             since=2,  # up to the first update every pair is a draw
+            unit="share of pairs",
         ),
         Chart(
             "Margin",
             (Curve("rewards/margins", "training", "dpo"), Curve("eval/rewards/margins", "held out", "held")),
             "Reward of the chosen question less that of the rejected one: beta times the difference of log-ratios.",
-            "Grows from 0 to about 0.5-3 and flattens.",
+            "Grows from 0 to between 0.5 and 3 and flattens.",
             "Held-out margin at 0 or below: nothing carries over. Growing without end: over-optimised; fewer updates.",
             (0.5, 3),
             floor=0,
+            unit="beta × nats",
         ),
         Chart(
             "Rewards",
@@ -125,6 +137,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "add --sft-coef 0.1, or a higher --beta.",
             (-1, math.inf),
             (0.0, "as before DPO"),
+            unit="beta × nats",
         ),
         Chart(
             "Log-probabilities",
@@ -133,6 +146,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Chosen stays in the shade; rejected sinks below.",
             "Chosen sinks too: see Rewards.",
             near_start("logps/chosen", 0.9, 1.1),
+            unit="nats per question",
         ),
         GRADIENT,
     ),
@@ -173,6 +187,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Climbs without end: raise --kl-coef. Negative k1 for long: sampling and training disagree, a bug.",
             (0, 10),
             floor=0,
+            unit="nats per question",
         ),
         Chart(
             "Entropy",
@@ -182,6 +197,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Falls towards 0: it asks the same thing over and over; raise --kl-coef, lower --lr.",
             near_start("objective/entropy", 0.5, 1.15),
             floor=0,
+            unit="nats",
         ),
         Chart(
             "Clip fraction",
@@ -192,6 +208,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Near 0: hardly anything is updated. Above 0.3: steps too long; lower --lr or --ppo-epochs.",
             (0.01, 0.25),
             floor=0,
+            unit="share of tokens",
         ),
         Chart(
             "KL of one update",
@@ -201,14 +218,16 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Above it again and again: lower --lr.",
             (0, 0.02),
             floor=0,
+            unit="nats",
         ),
         Chart(
             "Length",
-            (Curve("length", "tokens", "ppo"),),
+            (Curve("length", "training", "ppo"),),
             "Mean tokens of a question, end-of-sequence included (shaded: within 30% of the start).",
             "Stays about where it began.",
             "Grows to --max-new-tokens, or shrinks to a stub: length is being rewarded.",
             near_start("length", 0.7, 1.3),
+            unit="tokens",
         ),
         Chart(
             "Ended by itself",
@@ -218,6 +237,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Falls: the missing-EOS penalty is too small, or --max-new-tokens too short.",
             (0.95, 1.0),
             floor=1,
+            unit="share of questions",
         ),
         Chart(
             "Explained variance",
@@ -243,11 +263,13 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
                 Curve("diversity/repeated_openers", "same first three words", "second"),
                 Curve("diversity/near_duplicates", "nearly the same question", "ppo"),
             ),
-            "Shares of a rollout's questions that resemble another one in it.",
+            "Shares of a rollout's questions that resemble another one in it (shaded: up to half more than at the "
+            "start, for the first three words).",
             "Stays about where it began.",
             "Climbs towards 1: one phrase has won; see Entropy.",
-            near_start("diversity/repeated_openers", 0, 1.5),
+            few_more,
             floor=0,
+            unit="share of questions",
         ),
         Chart(
             "Value loss",

@@ -143,9 +143,26 @@ def tint(stage: str) -> str:
     return f'style="--c:var(--{stage if stage in STAGES else "second"})"'
 
 
-def figure(title: str, drawing: str, caption: str = "", legend: str = "") -> str:
+def share(x: float) -> str:
+    """A share in whole percent; a half goes up, as in the tables with two decimals."""
+    return f"{charts.half_up(100 * x)}%"
+
+
+def points(x: float) -> str:
+    """A difference of two shares, in percentage points."""
+    whole = charts.half_up(100 * x)
+    return f"+{whole}" if whole > 0 else str(whole).replace("-", "−")
+
+
+def beginning(text: str, longest: int) -> str:
+    """The first words of a text, with "…" if that is not all of it."""
+    return text if len(text) <= longest else text[:longest].rsplit(" ", 1)[0] + " …"
+
+
+def figure(title: str, drawing: str, caption: str = "", legend: str = "", unit: str = "") -> str:
+    unit = f" <small>{e(unit)}</small>" if unit else ""
     return (
-        f'<figure class="card"><header><h3>{e(title)}</h3>{legend}</header>{drawing}'
+        f'<figure class="card"><header><h3>{e(title)}{unit}</h3>{legend}</header>{drawing}'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -156,12 +173,13 @@ def chart_figure(chart: Chart, run: Run) -> str:
     curves = [(curve, points) for curve, points in curves if points]
     if not curves:
         return ""
-    band = chart.band
-    if callable(band):
-        band = band({curve.metric: points[0][1] for curve, points in curves}, run.args)
     lines = [
         charts.Line(curve.label, points, curve.color, dots=curve.metric.startswith("eval/")) for curve, points in curves
     ]
+    band = chart.band
+    if callable(band):
+        starts = {curve.metric: charts.start(line) for (curve, _), line in zip(curves, lines, strict=True)}
+        band = band(starts, run.args)
     drawing = charts.line_chart(lines, chart.title, band, chart.mark, chart.floor)
     swatches = [
         f'<span class="{"" if line.dots else "line"}" style="--c:var(--{line.color})">{e(line.label)}</span>'
@@ -171,7 +189,7 @@ def chart_figure(chart: Chart, run: Run) -> str:
         swatches.append('<span class="shade">healthy</span>')
     meaning, healthy, sick = (OPTION.sub(r"<code>\1</code>", e(x)) for x in (chart.meaning, chart.healthy, chart.sick))
     caption = f"<p>{meaning}</p><p><b>Healthy:</b> {healthy}</p><p><b>Sick:</b> {sick}</p>"
-    return figure(chart.title, drawing, caption, f'<div class="legend">{"".join(swatches)}</div>')
+    return figure(chart.title, drawing, caption, f'<div class="legend">{"".join(swatches)}</div>', chart.unit)
 
 
 def other_charts(run: Run) -> str:
@@ -197,13 +215,13 @@ def settings(args: dict) -> str:
     items = "".join(
         f"<li><code>--{e(name.replace('_', '-'))} {e(value)}</code></li>"
         for name, value in args.items()
-        if name != "stage" and value is not None
+        if name not in ("stage", "contents") and value is not None  # neither is an option
     )
     return folded("every setting", f'<ul class="settings">{items}</ul>')
 
 
 def percent(entry: dict | None) -> str:
-    return f"{entry['value']:.0%}" if entry and isinstance(entry.get("value"), int | float) else "–"
+    return share(entry["value"]) if entry and isinstance(entry.get("value"), int | float) else "–"
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
@@ -221,11 +239,14 @@ def headline(evaluation: dict, runs: list[Run]) -> str:
     measured, judge = chief(evaluation)
     found = {stage: percent(of["figures"].get(measured)) for stage, of in evaluation["stages"].items()}
     stages = [stage for stage in ("base", "sft", "dpo", "ppo") if stage in found]
-    names = {"base": "of the base model", "sft": "after SFT", "dpo": "after DPO", "ppo": "after PPO"}
+    names = {"base": "of the base model's questions", "sft": "after SFT", "dpo": "after DPO", "ppo": "after PPO"}
     parts = [f'<b style="color:var(--{stage})">{found[stage]}</b> {names[stage]}' for stage in stages]
-    said = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else "none"
-    human = f' (of people: <b style="color:var(--human)">{found["human"]}</b>)' if "human" in found else ""
-    return f"Asked for a question of a given type about a new text, {judge} finds it in the questions {said}{human}."
+    said = ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1] if parts else "no questions"
+    human = f' (people: <b style="color:var(--human)">{found["human"]}</b>)' if "human" in found else ""
+    return (
+        "The task: ask a critical question of a given type about a new text. "
+        f"{judge[0].upper()}{judge[1:]} recognises the asked type in {said}{human}."
+    )
 
 
 def chief(evaluation: dict) -> tuple[str, str]:
@@ -252,8 +273,7 @@ def road(evaluation: dict, runs: list[Run], pairs: list[dict]) -> str:
         if run:
             big += f"<small>{e(learnt(run))}</small>"
         stops.append(
-            f'<div class="card stop" {tint(stage if stage != "pairs" else "held")}><h3>{title}</h3>'
-            f'<p>{sentence}</p><div class="big">{big}</div></div>'
+            f'<div class="card stop" {tint(stage)}><h3>{title}</h3><p>{sentence}</p><div class="big">{big}</div></div>'
         )
     return f'<section id="road"><div class="road">{"".join(stops)}</div></section>' if stops else ""
 
@@ -275,7 +295,7 @@ def learnt(run: Run) -> str:
     first, last = points[0][1], points[-1][1]
     if run.stage == "dpo" or len(points) == 1:  # before DPO every pair is a draw: its first accuracy says nothing
         return f"{title} {last:{style}}" + so_far
-    return f"{title} {first:{style}} → {last:{style}}" + so_far
+    return f"{title} {first:{style}}\u00a0→\u00a0{last:{style}}" + so_far
 
 
 def outdated(folder: Path, runs: list[Run]) -> list[str]:
@@ -303,8 +323,9 @@ def result(evaluation: dict, remarks: list[str]) -> str:
         + (" People are the mark, not 100%: their questions are not always told apart." if human else "")
     )
     rows = "".join(
-        f"<tr><td>{e(name.replace('->', '→'))}</td><td>{change['value']:+.0%}"
-        + (f"<small>{change['low']:+.0%} to {change['high']:+.0%}</small>" if "low" in change else "")
+        f"<tr><td>{' → '.join(e(STAGES.get(stage, (stage,))[0]) for stage in name.split(' -> '))}</td>"
+        f"<td>{points(change['value'])} points"
+        + (f"<small>{points(change['low'])} to {points(change['high'])}</small>" if "low" in change else "")
         + f"{'' if certain(change) else '<small>may be chance</small>'}</td></tr>"
         for name, found in evaluation.get("steps", {}).items()
         if (change := found.get(measured)) and change["value"] is not None
@@ -312,8 +333,9 @@ def result(evaluation: dict, remarks: list[str]) -> str:
     steps = figure(
         "What each stage changed",
         f"<table><tbody>{rows}</tbody></table>",
-        "Difference between two stages on the same texts, with its own interval: sharper than comparing the intervals "
-        "of the two, since what makes a text easy or hard falls out.",
+        "Difference of two shares in percentage points, on the same texts, with its own 95% interval: sharper than "
+        "comparing the intervals of the two, since what makes a text easy or hard falls out. An interval with 0 in it "
+        "may be chance.",
     )
     remarks = [f"Left out: {reason}." for reason in evaluation.get("left_out", [])] + remarks
     noted = "".join(f'<p class="intro">{e(remark)}</p>' for remark in remarks)
@@ -334,15 +356,25 @@ def certain(entry: dict) -> bool:
 def figures_table(evaluation: dict) -> str:
     stages = evaluation["stages"]
     head = "".join(f"<th {tint(stage)}>{e(STAGES.get(stage, (stage,))[0])}</th>" for stage in stages)
-    rows = []
+    rows, meanings = [], []
     for name, meaning in evaluation["meanings"].items():
         entries = [stages[stage]["figures"].get(name) for stage in stages]
         if any(entries):
             cells = "".join(f"<td>{cell(entry)}</td>" for entry in entries)
             arrow = {1: " ↑", -1: " ↓"}.get(meaning["better"], "")
             rows.append(f'<tr><td title="{e(meaning["meaning"])}">{e(meaning["title"])}{arrow}</td>{cells}</tr>')
+            meanings.append(f"<dt>{e(meaning['title'])}</dt><dd>{e(meaning['meaning'])}</dd>")
     body = f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-    return f'<div class="card wide">{body}</div>'
+    caption = (
+        "↑ higher is better, ↓ lower is better, the others have no better side. "
+        '<span class="broad">Small: 95% intervals over the texts.</span>'
+        '<span class="narrow">A wider screen shows the 95% intervals, too.</span>'
+    )
+    return (
+        f'<figure class="card wide"><div class="scroll">{body}</div><figcaption>{caption}</figcaption>'
+        + folded("what each figure means", f"<dl>{''.join(meanings)}</dl>")
+        + "</figure>"
+    )
 
 
 def short(x) -> str:
@@ -377,8 +409,9 @@ def by_type(evaluation: dict) -> str:
     parts = [charts.dot_chart(some, "Right type, by type", mark) for some in (rows[:half], rows[half:]) if some]
     legend = "".join(f"<span {tint(stage)}>{e(STAGES.get(stage, (stage,))[0])}</span>" for stage in stages)
     return (
-        '<section id="types"><h2>Type by type</h2><p class="intro">The same share for each type. Types that people '
-        "too are seldom recognised at are hard to tell apart, for the judge or by nature.</p>"
+        '<section id="types"><h2>Type by type</h2><p class="intro">The same share for each type. Where the questions '
+        "of people are seldom recognised either, the type is hard to tell from the others, for the judge or by nature."
+        "</p>"
         f'<div class="card"><div class="legend">{legend}</div><div class="two">{"".join(parts)}</div></div></section>'
     )
 
@@ -391,11 +424,12 @@ def distributions(evaluation: dict) -> str:
         for name in evaluation["classifiers"]:
             values = [record[name] for record in of["questions"] if isinstance(record.get(name), int | float)]
             drawing = charts.histogram(values, f"{who}: strengths by the {name}", stage)
-            drawings += f'<p class="as">by the {e(name)}</p>{drawing}'
-        cards.append(figure(who, drawings))
+            drawings += f'<div><p class="as">by the {e(name)}</p>{drawing}</div>'
+        cards.append(figure(who, f'<div class="both">{drawings}</div>'))
     return (
         '<section id="scores"><h2>How the scores are spread</h2><p class="intro">Strength of the asked type in each '
-        "question, from 0 (surely not) to 1 (surely). Learning moves the mass from left to right; a heap at 1 that "
+        "question, from 0 (surely not) to 1 (surely); the higher a bar, the more questions. Learning moves the mass "
+        "from left to right; a heap at 1 that "
         "only the scorer sees is a sign of gaming.</p>"
         f'<div class="road">{"".join(cards)}</div></section>'
     )
@@ -417,7 +451,7 @@ def side_by_side(evaluation: dict) -> str:
                 if (place, type, stage) in first
             ]
             types.append(f'<div class="type"><h3>{e(type)}</h3>{"".join(said)}</div>')
-        cut = e(context[:150].rsplit(" ", 1)[0]) + " …"
+        cut = e(beginning(context, 150))
         texts.append(
             f'<details class="card text"{" open" if place == 0 else ""}><summary><span class="cut">{cut}</span>'
             f'<span class="full">{e(context)}</span></summary><div class="asked">{"".join(types)}</div></details>'
@@ -427,7 +461,7 @@ def side_by_side(evaluation: dict) -> str:
     return (
         '<section id="questions"><h2>Side by side</h2><p class="intro">What each stage asks about the same text, the '
         f"first answer, unpicked. The number is the strength of the asked type {e(by)}; where the first of them sees "
-        "another type, it is named.</p>"
+        "another type, it is named. Grey: what is not one well-formed question.</p>"
         + "".join(texts)
         + (f'<p class="intro">{more} more texts are in evaluation.json.</p>' if more > 0 else "")
         + "</section>"
@@ -467,7 +501,8 @@ def pairs_section(pairs: list[dict], dropped: list[dict]) -> str:
             f'<span class="score"><b>{short(pair.get(f"{side}_score", ""))}</b></span></div>'
             for side, color in (("chosen", "dpo"), ("rejected", "base"))
         )
-        examples.append(f'<div class="type"><h3>{e(pair.get("type", ""))}</h3>{rows}</div>')
+        text = f'<p class="as">{e(beginning(str(pair.get("context", "")), 220))}</p>'
+        examples.append(f'<div class="type"><h3>{e(pair.get("type", ""))}</h3>{text}{rows}</div>')
     reasons: dict[str, int] = {}
     for line in dropped:
         reason = str(line.get("reason", "")).split(": ")[0]
@@ -520,7 +555,7 @@ def on_the_way(run: Run) -> str:
             f'<span class="score"><b>{short(sample.get("score", ""))}</b></span></div>'
             for sample in picked
         )
-        text = f'<p class="as">{e(context[:220])}{"…" if len(context) > 220 else ""}</p>'
+        text = f'<p class="as">{e(beginning(context, 220))}</p>'
         shown.append(f'<div class="type"><h3>{e(type)}</h3>{text}{rows}</div>')
     if not shown:
         return ""
@@ -537,8 +572,9 @@ READING = (
     ("Strength", "The probability that a question is of the asked type, by a small classifier of labelled questions."),
     ("Scorer and judge", "The scorer is the reward of PPO and the check of the pairs. The judge saw other rows and "
      "looks at other features, and no stage was trained against it."),
-    ("Interval", "95% of the resamples of the held-out texts. It speaks of other texts like these, not of another "
-     "training run, and with fewer than ten texts it is too narrow."),
+    ("Interval", "Where the figure lies in the middle 95% of draws when the held-out texts are drawn anew from "
+     "themselves. It speaks of other texts like these, not of another training run, and with fewer than ten texts it "
+     "is too narrow."),
     ("Nat", "The unit of log-probabilities and KL: a factor of e = 2.718. ln 2 = 0.693 nats is a coin toss."),
     ("Reward hacking", "Scores rise and questions get worse. Compare judge with scorer, watch length, entropy, "
      "sameness and the parts of the reward, and read the questions."),

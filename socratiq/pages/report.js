@@ -32,3 +32,19 @@ for (const chart of document.querySelectorAll("svg[data-lines]")) {
     tip.style.top = Math.max(8, event.clientY - tip.offsetHeight - 12) + "px";
   });
 }
+
+// A page that renews itself keeps open what the reader has opened. (Browsers keep the place in it by themselves.)
+if (document.querySelector("meta[http-equiv=refresh]")) {
+  const folds = new Map();
+  for (const section of document.querySelectorAll("section")) {
+    section.querySelectorAll("details").forEach((fold, i) => folds.set(`${section.id}/${i}`, fold));
+  }
+  const known = JSON.parse(sessionStorage.getItem("folds") || "{}");
+  for (const [name, fold] of folds) {
+    if (name in known) fold.open = known[name];
+    fold.addEventListener("toggle", () => {
+      known[name] = fold.open;
+      sessionStorage.setItem("folds", JSON.stringify(known));
+    });
+  }
+}
