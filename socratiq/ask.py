@@ -7,7 +7,8 @@
     python -m socratiq.ask --serve                           a page in the browser, on this machine only
 
 Questions are ranked by the scorer's reward; the number before each is its strength, the probability that it is of the
-asked type. --json gives every part of the reward too. On a terminal one sees the questions being written.
+asked type. The reward counts form, relatedness to the text and more, too; where one of them is low, it is named. --json
+gives every part. On a terminal one sees the questions being written.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import random
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -23,6 +25,14 @@ from socratiq import cli
 from socratiq.errors import UserError, main, warn
 
 LONGEST_FILE = 1_000_000  # bytes; the model reads some 2,000 characters
+LOW = 0.7  # a gate below it is worth a remark
+GATES = {
+    "form": "form",
+    "originality": "originality",
+    "order": "word order",
+    "relatedness": "relatedness to the text",
+    "fluency": "fluency",
+}
 LIVE_LINES = 12  # at most so many questions are shown while they are written
 
 
@@ -116,6 +126,11 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def columns() -> int | None:
+    """Width of the terminal that is printed to; None for a file or a pipe, where a question keeps its line."""
+    return shutil.get_terminal_size().columns - 1 if sys.stdout.isatty() else None
+
+
 class Live:
     """Questions in the making, one line each, redrawn in place; gone when the ranked ones are printed."""
 
@@ -134,7 +149,9 @@ class Live:
     def draw(self) -> None:
         self.last, width = time.perf_counter(), shutil.get_terminal_size().columns - 1
         up = f"\x1b[{len(self.shown)}A" if self.drawn else ""
-        rows = [f"{self.types[i // self.samples][:20]:<20}  {plain(self.lines.get(i, ''))}"[:width] for i in self.shown]
+        room = min(max(map(len, self.types)), width // 3)
+        heads = [name if len(name) <= room else name[: room - 1] + "…" for name in self.types]
+        rows = [f"{heads[i // self.samples]:<{room}}  {plain(self.lines.get(i, ''))}"[:width] for i in self.shown]
         sys.stdout.write(up + "".join(f"\x1b[2K{row}\n" for row in rows))
         sys.stdout.flush()
         self.drawn = True
@@ -145,16 +162,26 @@ class Live:
             sys.stdout.flush()
 
 
-def show(found: list[dict], count: int | None) -> str:
-    """The best questions of each type, with their strengths."""
+def remark(record: dict, type: str) -> str:
+    """What speaks against a question: it reads as another type, or the lowest gate of its reward is low."""
+    said = [f"reads as {record['strongest']}"] if record.get("strongest", type) != type else []
+    gates = {name: value for name, value in record.get("parts", {}).items() if name in GATES and value < LOW}
+    if gates:
+        worst = min(gates, key=gates.__getitem__)
+        said.append(f"low {GATES[worst]}, {gates[worst]:.2f}")
+    return f"  ({'; '.join(said)})" if said else ""
+
+
+def show(found: list[dict], count: int | None, width: int | None = None) -> str:
+    """The best questions of each type, with their strengths; folded if a width is given."""
     lines = []
     for of_type in found:
         lines.append(of_type["type"])
         for record in of_type["questions"][: count or (None if len(found) == 1 else 1)]:
             strength = f"{record['strength']:.2f}  " if "strength" in record else ""
-            other = record.get("strongest", of_type["type"])
-            remark = f"  (reads as {other})" if other != of_type["type"] else ""
-            lines.append(f"  {strength}{plain(record['question']) or '(nothing)'}{remark}")
+            line = f"  {strength}{plain(record['question']) or '(nothing)'}{remark(record, of_type['type'])}"
+            indent = " " * (2 + len(strength))
+            lines.append(textwrap.fill(line, max(40, width), subsequent_indent=indent) if width else line)
     return "\n".join(lines)
 
 
@@ -182,9 +209,10 @@ def converse(asker, types: list[str], args) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (makes input() editable)
     numbered = ", ".join(f"{i} {name}" for i, name in enumerate(asker.types, 1))
-    print(
+    said = (
         f"Paste a text and end it with an empty line. Then, for the same text: a type ({numbered}) or all. Ctrl-D ends."
     )
+    print(textwrap.fill(said, columns() or 10_000, break_on_hyphens=False))
     context = ""
     while True:
         lines: list[str] = []
@@ -201,7 +229,7 @@ def converse(asker, types: list[str], args) -> None:
         else:
             context = clean("\n".join(lines)) or context
         if context:
-            print(show(ask_once(asker, context, types, args), args.show))
+            print(show(ask_once(asker, context, types, args), args.show, columns()))
 
 
 def chosen(asker, line: str) -> list[str] | None:
@@ -234,7 +262,7 @@ def run(argv: list[str] | None = None) -> None:
         if args.json:
             print(json.dumps({"model": name, "context": text, "types": found}, ensure_ascii=False, indent=1))
         else:
-            print(show(found, args.show))
+            print(show(found, args.show, columns()))
 
 
 if __name__ == "__main__":

@@ -203,6 +203,21 @@ def test_a_model_cannot_move_the_cursor():
     assert "\x1b" not in ask.show(found, None)
 
 
+def test_what_speaks_against_a_question_stands_behind_it():
+    good = {"question": "Why?", "strength": 0.9, "strongest": "Clarity", "parts": {"strength": 0.9, "form": 1.0}}
+    far = good | {"parts": {"strength": 0.9, "form": 0.6, "relatedness": 0.1, "probe": 0.01}}
+    other = far | {"strongest": "Analogy"}
+    found = [{"type": "Clarity", "questions": [good, far, other]}]
+    assert ask.show(found, None).splitlines() == [
+        "Clarity",
+        "  0.90  Why?",
+        "  0.90  Why?  (low relatedness to the text, 0.10)",
+        "  0.90  Why?  (reads as Analogy; low relatedness to the text, 0.10)",
+    ]
+    folded = ask.show(found, None, 40).splitlines()
+    assert max(map(len, folded)) <= 40 and folded[3] == "        text, 0.10)"
+
+
 def test_a_conversation(asker, monkeypatch, capsys):
     lines = iter(["I think that", "dogs are good.", "", "Clarity", "2", "all", "", "   ", "Cats too.", ""])
 

@@ -140,6 +140,17 @@ def test_the_report_is_dark_where_the_reader_wants_it_dark(browser, page):
     assert light_page > 200 > 100 > light_text and dark_page < 60 < 150 < dark_text
 
 
+def test_what_the_reader_opened_stays_open_when_the_page_renews_itself(browser, tmp_path):
+    make_run(tmp_path, "sft", every_metric("sft"))
+    page = tmp_path / "report.html"
+    page.write_text(report.build(tmp_path, refresh=1), encoding="utf-8")
+    browser.open(page.as_uri(), 390)
+    browser.run("window.before = 1; document.querySelectorAll('details')[1].open = true; scrollTo(0, 500)")
+    browser.wait("window.before === undefined && document.readyState == 'complete' && scrollY > 0")
+    assert browser.run("[...document.querySelectorAll('details')].map(fold => fold.open)")[:2] == [False, True]
+    assert browser.complaints() == []
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_text_is_pasted_and_questions_appear(browser, inputs, width):
     from socratiq.questions import Asker
@@ -150,6 +161,11 @@ def test_a_text_is_pasted_and_questions_appear(browser, inputs, width):
         browser.open(f"http://127.0.0.1:{running.server_address[1]}/", width)
         browser.wait("!document.querySelector('#go').disabled")
         assert browser.run("document.querySelectorAll('#types input').length") == len(asker.scorer.types)
+        for text, said in (("", "Paste a text first"), ("a".ljust(30_000, "b"), "30,000 characters; at most 20,000")):
+            browser.run(f"document.querySelector('#text').value = {json.dumps(text)}")
+            browser.run("document.querySelector('#go').click()")
+            assert said in browser.run("document.querySelector('#note.bad').textContent")
+        browser.run("document.querySelector('#text').value = ''")
         browser.run("document.querySelector('#text').focus()")
         browser.call("Input.insertText", text='Dogs are good. <img src=x onerror="document.title = 1">')
         browser.run("document.querySelector('#types input').click()")
