@@ -61,4 +61,4 @@ def allocator(tuned: bool) -> None:
     os.environ["SOCRATIQ_MALLOC"] = "0"
     if tuned:
         mallopt = ctypes.CDLL(None).mallopt
-        assert mallopt(-4, 0) and mallopt(-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        assert mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

@@ -1,15 +1,17 @@
 """Keep freed memory instead of handing it back to the kernel at every step. For Linux with glibc; elsewhere a no-op.
 
-By default glibc takes each very large tensor (32 MB and more) from the kernel and returns it when it is freed. The
-kernel clears every page anew, 4 kB at a time, which shows where such tensors are made at every step. With the two
-settings below they come from the heap and the heap is never trimmed, so that a step works in the pages of the step
-before. The price: memory that is free within the process stays with the process until it ends.
+By default glibc takes ever larger tensors from the heap, and gives the end of the heap back to the kernel whenever it
+is free. The kernel clears every page anew, 4 kB at a time, when a step asks for it again. With the two settings below
+the heap is never trimmed, so that a step works in the pages of the step before. The price: memory that is free within
+the process stays with the process until it ends.
 
-The heap has holes. Twelve updates of SmolLM2 with every weight trained held 4.3 GB in the end, of which 2.8 were in use
-at the peak; likely because glibc (2.36) asks for more than a tensor's size, to align it, and so does not find room in
-the hole that one of the same size left. Returning free pages at every step (malloc_trim) made it 3.5 GB at 1.3 times
-the time, at every eighth step it changed little. jemalloc has fewer holes: LD_PRELOAD=libjemalloc.so.2 in the
-environment made it 3.3 GB, in no more time (bench/RESULTS.md); what stands here then does nothing.
+The heap has holes, likely because glibc (2.36) asks for more than a tensor's size, to align it, and so does not find
+room in the hole that one of the same size left. The largest tensors, of the size of the embedding, are therefore taken
+from the kernel one by one: the pages of so few cost little. Eight updates of SmolLM2 with every weight trained, of
+which 3.1 GB were in use at the peak, held 4.3 GB with all from the heap, and 3.7 to 4.1 GB in five runs so and with
+the optimiser's moments below all that comes and goes (training.make_optimizer), in the same time. Tensors of 8 MB and
+more from the kernel: 3.7 GB; free pages returned at every step (malloc_trim): less, at 1.3 times the time. jemalloc has
+fewer holes, too (LD_PRELOAD=libjemalloc.so.2 in the environment, where what stands here does nothing).
 
 SOCRATIQ_MALLOC=0 in the environment leaves the allocator alone.
 """
@@ -18,7 +20,8 @@ import ctypes
 import os
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names and numbers of <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and numbers of <malloc.h>
+LARGE = 2**25  # bytes; glibc takes no higher threshold
 
 
 def tune() -> bool:
@@ -29,4 +32,4 @@ def tune() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library, such as musl
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(M_MMAP_THRESHOLD, LARGE) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -38,9 +38,17 @@ def repeatable(wanted: bool) -> None:
 def make_optimizer(policy, lr: float, eps: float = 1e-8) -> torch.optim.Optimizer:
     """AdamW without weight decay on whatever is trainable, as one fused kernel where there is one."""
     fused = policy.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         policy.trainable().values(), lr=lr, betas=(0.9, 0.999), eps=eps, weight_decay=0.0, fused=fused
     )
+    # What PyTorch would make in the first update, amid that step's activations, whose places then remain as holes.
+    for parameter in policy.trainable().values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device if fused else None),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+    return optimizer
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:

@@ -82,6 +82,27 @@ def test_perplexity_of_a_hopeless_model_is_infinite_and_no_error():
     assert training.perplexity(1e6) == math.inf and math.isnan(training.perplexity(math.nan))
 
 
+# --- the optimiser
+
+
+def test_the_optimiser_is_adamw_with_its_moments_made_beforehand():
+    mine, plain = small_policy(), small_policy()
+    optimizer = training.make_optimizer(mine, 0.01)
+    theirs = torch.optim.AdamW(plain.trainable().values(), lr=0.01, weight_decay=0.0, fused=True)
+    assert len(optimizer.state) == len(mine.trainable()) and not theirs.state
+    for policy, own in ((mine, optimizer), (plain, theirs)):
+        for step in range(3):
+            for number, parameter in enumerate(policy.trainable().values()):
+                draw = torch.Generator().manual_seed(100 * step + number)
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            own.step()
+    for one, other in zip(mine.trainable().values(), plain.trainable().values(), strict=True):
+        assert torch.equal(one, other)
+        assert optimizer.state[one].keys() == theirs.state[other].keys()
+        for kind, value in theirs.state[other].items():
+            assert torch.equal(optimizer.state[one][kind], value) and optimizer.state[one][kind].dtype == value.dtype
+
+
 # --- checkpoints
 
 
