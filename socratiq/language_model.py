@@ -1,7 +1,8 @@
 """What a frozen language model can say about a question: is it fluent, is it about this text, of which type is it?
 
 Two short readings answer all three. Alone, after an empty line:  log p(question)  and the hidden states in the middle
-of the model. After the text:  log p(question | text). Questions about the same text hang on one run of that text.
+of the model. After the text:  log p(question | text)  and the same states there. Questions about the same text hang on
+one run of that text.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ from typing import NamedTuple
 
 import torch
 
-from socratiq.batch import make_batch
+from socratiq.batch import common_start, make_batch
 from socratiq.model import Policy, token_logprobs
 from socratiq.prompts import plain_ids
 
 BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
 DEPTH = 0.5  # where the hidden states are read, as a share of the layers: type is clearest in the middle
 QUESTION_TOKENS, CONTEXT_TOKENS, FORWARD_TOKENS = 96, 384, 2048  # longer texts are cut; tokens run at once
-REMEMBERED = 20_000
+REMEMBERED = 5_000  # questions: 40 kB each
 SENTENCE = "What do you mean by that?"
 
 
-class Alone(NamedTuple):
-    """A question read after an empty line."""
+class Reading(NamedTuple):
+    """A question read after an empty line, or after a text."""
 
-    logprobs: torch.Tensor  # (n,) of each of its tokens
-    features: torch.Tensor  # (2 H,) hidden states: mean over the question, and at its end
+    ids: list[int]  # its n tokens
+    logprobs: torch.Tensor  # (n,) of each, given what stands before it
+    hidden: torch.Tensor  # (n, H) hidden states there
+
+    @property
+    def features(self) -> torch.Tensor:
+        """(2 H,): the mean of the hidden states, and the last one."""
+        if not self.ids:
+            return self.hidden.new_zeros(2 * self.hidden.shape[1])
+        return torch.cat([self.hidden.mean(0), self.hidden[-1]])
 
 
 class LanguageModel:
@@ -34,10 +43,10 @@ class LanguageModel:
 
     def __init__(self, policy: Policy, tokenizer, name: str = ""):
         self.policy, self.tokenizer, self.name = policy, tokenizer, name
-        self.alone: dict[str, Alone] = {}
-        self.given: dict[tuple[str, str], torch.Tensor] = {}
+        self.alone: dict[str, Reading] = {}
+        self.given: dict[tuple[str, str], Reading] = {}
 
-    def read_alone(self, questions: list[str]) -> list[Alone]:
+    def read_alone(self, questions: list[str]) -> list[Reading]:
         """Every question by itself."""
         unread = sorted({q for q in questions if q not in self.alone}, key=lambda q: (len(q), q))
         if len(self.alone) > REMEMBERED:
@@ -45,17 +54,12 @@ class LanguageModel:
         ids = {q: self._ids(q, QUESTION_TOKENS) for q in unread}
         for part in _parts(unread, lambda q: len(ids[q]) + 1, FORWARD_TOKENS // 4):
             # Siblings after one short prompt: a single row, in which no question sees another.
-            logprobs, hidden = self._forward([self._ids(BETWEEN)], [[ids[q] for q in part]])
-            start = len(self._ids(BETWEEN))
-            for k, q in enumerate(part):
-                own = hidden[start : start + len(ids[q])]  # (n, H)
-                features = torch.cat([own.mean(0), own[-1]]) if len(own) else hidden.new_zeros(2 * hidden.shape[1])
-                self.alone[q] = Alone(logprobs[0, k, : len(ids[q])], features)
-                start += len(ids[q])
+            readings = self._forward([self._ids(BETWEEN)], [[ids[q] for q in part]])[0]
+            self.alone |= dict(zip(part, readings, strict=True))
         return [self.alone[q] for q in questions]
 
-    def read_given(self, contexts: list[str], questions: list[str]) -> list[torch.Tensor]:
-        """log p(token | context, tokens before) of every question after its context: (n,) each."""
+    def read_given(self, contexts: list[str], questions: list[str]) -> list[Reading]:
+        """Every question after its context."""
         pairs = list(zip(contexts, questions, strict=True))
         if len(self.given) > REMEMBERED:
             self.given = {pair: self.given[pair] for pair in pairs if pair in self.given}
@@ -67,10 +71,8 @@ class LanguageModel:
         for part in _parts(list(unread), lambda c: len(prompts[c]) + sum(map(len, asked[c])), FORWARD_TOKENS):
             widest = max(len(asked[c]) for c in part)
             rows = [asked[c] + [[]] * (widest - len(asked[c])) for c in part]
-            logprobs, _ = self._forward([prompts[c] for c in part], rows)
-            for b, c in enumerate(part):
-                for k, q in enumerate(unread[c]):
-                    self.given[c, q] = logprobs[b, k, : len(asked[c][k])]
+            for c, readings in zip(part, self._forward([prompts[c] for c in part], rows), strict=True):
+                self.given |= {(c, q): reading for q, reading in zip(unread[c], readings)}  # noqa: B905  (empty ones)
         return [self.given[pair] for pair in pairs]
 
     def forget(self) -> None:
@@ -84,8 +86,8 @@ class LanguageModel:
     def _ids(self, text: str, longest: int | None = None) -> list[int]:
         return plain_ids(self.tokenizer, text)[:longest]
 
-    def _forward(self, prompts, completions) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs (B, K, C) and hidden states (N, H) of one packed batch, on the CPU in float32."""
+    def _forward(self, prompts, completions) -> list[list[Reading]]:
+        """What completions[b][k] is after prompts[b], on the CPU in float32: one packed batch."""
         seen: list[torch.Tensor] = []
 
         def keep(module, args, output):
@@ -98,7 +100,16 @@ class LanguageModel:
                 logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
             finally:
                 hook.remove()
-        return logprobs.float().cpu(), seen[0]
+        shared, logprobs = common_start(prompts), logprobs.float().cpu()
+        found, start = [], shared
+        for b, row in enumerate(completions):  # end to end: the rest of the prompt, then its completions
+            start += len(prompts[b]) - shared
+            found.append([])
+            for k, ids in enumerate(row):
+                n = len(ids)
+                found[b].append(Reading(ids, logprobs[b, k, :n], seen[0][start : start + n].clone()))
+                start += n
+        return found
 
 
 def _parts(items: list, size, most: int):

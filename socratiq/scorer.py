@@ -102,7 +102,7 @@ class Scorer:
         """This scorer with the language model that it was fitted with; None leaves it as it is."""
         if lm is not None:
             known, now = self.settings.get("signature"), lm.signature()
-            if known is None or "whole" not in self.tensors:
+            if known is None or "joints" not in self.tensors:
                 raise UserError("this scorer was fitted without a language model; fit it anew with --model")
             if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
                 raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
@@ -139,7 +139,7 @@ class Scorer:
         columns = list(zip(*map(self.overlap, contexts, questions), strict=True))
         if self.lm is not None:
             both = zip(self.lm.read_given(contexts, questions), self.lm.read_alone(questions), strict=True)
-            columns.append([(g - a.logprobs)[1:].sum().item() / max(1, len(g)) ** 0.5 for g, a in both])
+            columns.append([(g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.ids)) ** 0.5 for g, a in both])
         return torch.tensor(columns).T
 
     def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -163,7 +163,7 @@ class Scorer:
         a, b = DOUBT if self.lm is None else DOUBT_MODEL
         parts["relatedness"] = torch.sigmoid(a * own_text + b)
         if self.lm is not None:
-            parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, questions)
+            parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, contexts, questions)
         reward = parts["strength"].sqrt() * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
         if self.lm is not None:
             parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]

@@ -14,8 +14,6 @@ from socratiq import attacks
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.scorer import Scorer, open_language_model
 
-TEXTS_FOR_MODEL = 24  # that the scorer is fitted on where it has a language model, which takes its time
-
 
 class Suite(NamedTuple):
     """Genuine questions about held-out texts, and what is made of them."""
@@ -82,8 +80,7 @@ def deep(request, suite) -> Scorer:
     """The scorer with smollm2, for those who ask for slow tests."""
     if "slow" not in request.config.option.markexpr:
         pytest.skip("takes minutes: python -m pytest -m slow tests/test_attacks.py")
-    texts = sorted({row.context for row in suite.learn_from})[:TEXTS_FOR_MODEL]
-    return Scorer.fit([row for row in suite.learn_from if row.context in texts], lm=open_language_model("smollm2"))
+    return Scorer.fit(suite.learn_from, lm=open_language_model("smollm2"))
 
 
 @pytest.fixture(scope="module")

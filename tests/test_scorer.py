@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
 from socratiq.judge import Judge, judge_split, rows_to_learn_from
 from socratiq.judge import pieces as judge_pieces
-from socratiq.language_model import Alone, LanguageModel
+from socratiq.language_model import LanguageModel, Reading
 from socratiq.scorer import Scorer, cross_validate
 
 TOPICS = [
@@ -75,14 +76,18 @@ class FakeModel:
         for question in questions:
             said = gates.words(question)
             logprobs = torch.tensor([-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) for w in said] or [])
-            features = torch.tensor([float(cue in said) for cue in ("mean", "assuming", "granted", "define", "why")])
-            found.append(Alone(logprobs - self.seed, features + 0.1 * len(said)))
+            cues = ("mean", "assuming", "granted", "define", "why")
+            # and which word stands before, by the length of both: a little of the order of words
+            seen = [[float(cue == w) for cue in cues] + [float(len(v) == n) * len(w) for n in range(1, 9)]
+                    for v, w in zip(["", *said], said)]  # noqa: B905  # fmt: skip
+            hidden = torch.tensor(seen).reshape(-1, len(cues) + 8)
+            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden))
         return found
 
     def read_given(self, contexts, questions):
         there = [set(gates.words(c)) for c in contexts]
         return [
-            a.logprobs + torch.tensor([1.5 * (w in t) for w in gates.words(q)] or [])
+            a._replace(logprobs=a.logprobs + torch.tensor([1.5 * (w in t) for w in gates.words(q)] or []))
             for a, q, t in zip(self.read_alone(questions), questions, there, strict=True)
         ]
 
@@ -321,6 +326,14 @@ def test_ramp():
     assert gates.Ramp.below([], 0.1)(5.0) == 1.0
 
 
+def test_a_slope_by_hand():
+    slope = fluency.Slope.below([float(x) for x in range(101)])
+    assert slope == (2.0, 15.0)  # the shares .02 and .15 of genuine values
+    assert [slope(x) for x in (15.0, 99.0)] == [1.0, 1.0] and slope(2.0) == pytest.approx(math.exp(-2))
+    assert slope(8.5) == pytest.approx(math.exp(-1)) and slope(-99.0) == 0.0
+    assert fluency.Slope.below([3.0]) == (2.0, 3.0) and fluency.Slope.below([])(0.0) == 1.0
+
+
 def test_originality_by_the_longest_copied_run():
     context = "The mayor says that our old trams are too slow for anyone who has work to do."
     assert gates.originality(context, "Why should speed matter more than price?") == 1.0
@@ -428,30 +441,46 @@ def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
 
 
 def test_fluency_and_relatedness_by_the_model(deep):
-    row = next(r for r in ROWS if r.type == "Reasons")
-    garbled = row.question.replace("think", "zqthink")
+    rows = [r for r in ROWS if "think" in r.question]
+    contexts, questions, types = ([row[field] for row in rows] for field in range(3))
     other = "Nobody here has ever been to a harbour. Boats are not for us."
     fine, broken, elsewhere = (
-        deep.components([c], [q], ["Reasons"])
-        for c, q in ((row.context, row.question), (row.context, garbled), (other, row.question))
+        deep.components(c, q, types)
+        for c, q in (
+            (contexts, questions),
+            (contexts, [q.replace("think", "zqthink") for q in questions]),
+            ([other] * len(rows), questions),
+        )
     )
-    assert fine["fluency"] > 0.75 and broken["fluency"] < 0.5  # the fake model knows no order of words, hence no more
-    assert fine["relatedness"] > 0.8 and elsewhere["relatedness"] < 0.5
+    assert fine["fluency"].mean() > 0.5 and broken["fluency"].max() < 0.1
+    assert fine["relatedness"].min() > 0.8 and elsewhere["relatedness"].max() < 0.5
 
 
 def test_signs_of_a_question_by_hand():
-    logprobs, turned = torch.tensor([-9.0, -1.0, -2.0, -6.0, -4.0]), torch.tensor([-10.0, -10.0, -8.0])
-    # low: -6, -4, -2, -1; a quarter is one of them; four words, 22 nats in this order and 28 in the other
-    assert fluency.signs_of("Why do you ask?", logprobs, turned) == pytest.approx([-4.4, -6.0, -5.0, -5.5, 1.5])
-    assert fluency.signs_of("?", logprobs[:1], turned) == [fluency.LEAST] * 5
-    assert fluency.backwards(" Why do you ask? ") == "ask you do Why?"
+    logprobs = torch.tensor([-9.0, -1.0, -2.0, -6.0, -4.0])
+    # low: -6, -4, -2, -1; a quarter is one of them; four words, 22 nats
+    assert fluency.plain_signs("Why do you ask?", logprobs) == pytest.approx([-4.4, -6.0, -5.0, -5.5])
+    assert fluency.plain_signs("?", logprobs[:1]) == [fluency.LEAST] * 4
+    # odds of 3 to 1 and 1 to 3: even on the whole, and both joints hold with probability 3/4 * 1/4
+    odds = torch.tensor([3.0, 1 / 3]).log()
+    assert fluency.joint_signs(odds) == pytest.approx([0.0, -math.log(3), math.log(3 / 16)], abs=1e-6)
+    assert fluency.joint_signs(odds[:0]) == [fluency.LEAST] * 3
+
+
+def test_a_token_is_in_its_place_after_the_one_it_follows_in_a_question():
+    assert fluency.in_place([1, 2, 3, 9], [[1, 2, 3, 4]])[:, 0].tolist() == [1, 1, 0]
+    assert fluency.in_place([3, 4, 1, 2], [[1, 2, 3, 4]])[:, 0].tolist() == [1, 0, 1]  # the seam of its turned halves
+    assert fluency.in_place([1, 2, 7, 8], [[1, 2, 3], [6, 7, 8]])[:, 0].tolist() == [1, 0, 1]  # of two crossed
+    assert fluency.in_place([1], [[1]]).shape == (0, 1)
 
 
 def test_every_question_is_broken_twice_the_same_way_each_time():
     rows = sorted((r for r in ROWS if r.type != "others"), key=lambda r: (r.question, r.type, r.context))
     broken = fluency.broken_rows(rows)
     assert broken == fluency.broken_rows(rows) and 1.8 * len(rows) < len(broken) <= 2 * len(rows)
-    assert not {question for _, question in broken} & {r.question for r in rows}
+    genuine = {r.question for r in rows}
+    assert not {question for _, question, _ in broken} & genuine
+    assert all(set(made_of) <= genuine for _, _, made_of in broken)
     assert fluency.broken_rows([Row("", "Why?", "Clarity", "")]) == []  # nothing to break it with
 
 
@@ -497,9 +526,10 @@ def test_readings_are_those_of_one_question_at_a_time(tiny):
         again = LanguageModel(*tiny).read_alone([question])[0]  # no sibling beside it
         assert torch.allclose(alone.features, again.features, atol=1e-4)
     for context, question, after in zip(contexts, questions, lm.read_given(contexts, questions), strict=True):
-        assert len(after) == len(lm.alone[question].logprobs)
+        assert after.ids == lm.alone[question].ids and len(after.hidden) == len(after.logprobs) == len(after.ids)
         apart = LanguageModel(*tiny).read_given([context], [question])[0]
-        assert torch.allclose(after, apart, atol=1e-5)
+        assert torch.allclose(after.logprobs, apart.logprobs, atol=1e-5)
+        assert torch.allclose(after.hidden, apart.hidden, atol=1e-4)
 
 
 def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
@@ -507,8 +537,8 @@ def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
     questions = ["Why do you think so?", "", "?", "so " * 500 + "?"]
     first = lm.read_alone(questions)
     after = lm.read_given(["word " * 3000, "", "a", "b"], questions)
-    assert len(first[1].logprobs) == 0 and len(after[1]) == 0 and len(first[3].logprobs) == len(after[3]) == 96
-    assert all(len(a.logprobs) == len(g) for a, g in zip(first, after, strict=True))
+    assert len(first[1].logprobs) == len(after[1].logprobs) == 0 and len(first[3].ids) == len(after[3].ids) == 96
+    assert all(len(a.logprobs) == len(g.logprobs) for a, g in zip(first, after, strict=True))
     monkeypatch.setattr(lm, "_forward", None)  # would fail if called
     assert lm.read_alone(questions)[0] is first[0]
     assert lm.read_given(["a"], ["?"])[0] is after[2]
