@@ -90,18 +90,17 @@ def found(suite, deep) -> Found:
 
 @pytest.mark.slow
 def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found):
-    """Two of 308 do, both one question's end on another's beginning, where the joint is a comma or an "and"."""
+    """One of 308 does: one question's end on another's beginning, where the joint is a comma."""
     through = [a for a, x in zip(suite.strings, found.rewards, strict=True) if x >= found.mean]
-    assert found.mean > 0.45 and len(through) <= 3
+    assert found.mean > 0.5 and len(through) <= 2
     assert {attack.kind for attack in through} <= {"crossed"}
 
 
+BEATEN = pytest.mark.xfail(reason="two of three climbs from a genuine question get through (.90, .97)", strict=True)
+
+
 @pytest.mark.slow
-@pytest.mark.xfail(
-    reason="beaten in part: one of three climbs from words (.72) and two from a question (.77, .98) get through",
-    strict=True,
-)
-@pytest.mark.parametrize("start", ["words", "question"])
+@pytest.mark.parametrize("start", ["words", pytest.param("question", marks=BEATEN)])
 def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
     """Hill climbing, word by word, from random words and from a genuine question about another text."""
     bare, rng = Scorer.fit(suite.learn_from), random.Random(0)
