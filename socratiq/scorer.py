@@ -103,7 +103,7 @@ class Scorer:
         if lm is not None:
             known, now = self.settings.get("signature"), lm.signature()
             if known is None or "joints" not in self.tensors:
-                raise UserError("this scorer was fitted without a language model; fit it anew with --model")
+                raise UserError("this scorer was fitted without a language model, or before this version; fit it anew")
             if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
                 raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
             self.lm = lm
