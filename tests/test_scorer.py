@@ -329,8 +329,8 @@ def test_ramp():
 def test_a_slope_by_hand():
     slope = fluency.Slope.below([float(x) for x in range(101)])
     assert slope == (2.0, 15.0)  # the shares .02 and .15 of genuine values
-    assert [slope(x) for x in (15.0, 99.0)] == [1.0, 1.0] and slope(2.0) == pytest.approx(math.exp(-1))
-    assert slope(8.5) == pytest.approx(math.exp(-0.5)) and slope(-99.0) == 0.0
+    assert [slope(x) for x in (15.0, 99.0)] == [1.0, 1.0] and slope(2.0) == pytest.approx(math.exp(-fluency.STEEP))
+    assert slope(8.5) == pytest.approx(math.exp(-0.5 * fluency.STEEP)) and slope(-99.0) == 0.0
     assert fluency.Slope.below([3.0]) == (2.0, 3.0) and fluency.Slope.below([])(0.0) == 1.0
 
 
