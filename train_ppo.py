@@ -365,7 +365,8 @@ def run_stage():
             score = round(raw_scores.flatten()[i].item(), 4)
             run.sample(step=step + 1, split="train", type=type, context=context, question=questions[i], score=score)
             if step % 5 == 0 or step + 1 == args.steps:
-                run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {questions[i]}")
+                in_a_line = " ".join(questions[i].split())[:200]
+                run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {in_a_line}")
         run.log_time(step + 1, seconds, int(mask.sum()) + sum(map(len, prompts)))
         run.progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
 
