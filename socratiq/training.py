@@ -105,7 +105,7 @@ def update(
     norm = gradient_norm(parameters)
     finite = math.isfinite(norm.item()) and math.isfinite(float(loss))
     if finite:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -119,7 +119,7 @@ def update(
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return distributed.whole(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    return distributed.whole(torch.nn.utils.get_total_norm(gradients))
 
 
 def at_fault(policy, rows: list, alone: Callable) -> list[Suspect]:

@@ -103,6 +103,23 @@ def test_the_optimiser_is_adamw_with_its_moments_made_beforehand():
             assert torch.equal(optimizer.state[one][kind], value) and optimizer.state[one][kind].dtype == value.dtype
 
 
+def test_a_device_without_foreach_kernels_clips_as_well(monkeypatch, tmp_path):
+    """MPS has none; PyTorch takes the slower way by itself, if it is not told to take the faster one."""
+    run, found = new_run(tmp_path / "out"), []
+    for there in (True, False):
+        for name in ("_device_has_foreach_support", "_has_foreach_support"):
+            monkeypatch.setattr(torch.nn.utils.clip_grad, name, lambda *asked, there=there: there)
+        policy = small_policy()
+        for weight in policy.trainable().values():
+            weight.grad = torch.ones_like(weight)
+        plain = torch.optim.SGD(policy.trainable().values())
+        found.append((training.update(run, policy, plain, 1, 0.1, 1.0, 0.5, [], None), policy))
+    (norm, one), (other_norm, other) = found
+    torch.testing.assert_close(norm, other_norm)
+    for mine, theirs in zip(one.trainable().values(), other.trainable().values(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 # --- checkpoints
 
 
