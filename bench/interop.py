@@ -4,7 +4,8 @@
     .venv-trl/bin/python bench/interop.py runs
 
 For every stage in the folder (sft, dpo, ppo) and for its pairs.jsonl:
- 1. AutoModelForCausalLM opens the stage's folder and gives finite logits.
+ 1. AutoModelForCausalLM opens the stage's folder, by default in the precision that it was written in, and gives finite
+    logits.
  2. peft.PeftModel opens the adapter on the base model; its logits are those of the merged folder.
  3. TRL's DPOTrainer reads the pairs; its token ids are ours; it trains one step on them.
 
@@ -34,7 +35,8 @@ def logits_of(lm, tokenizer):
 
 
 def check_stage(folder: Path) -> None:
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_pretrained(folder)
+    assert lm.dtype == torch.float32, "adapters are merged in float32, and every weight trains in it"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     merged = logits_of(lm, tokenizer)
     assert merged.isfinite().all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import os
 import shutil
@@ -214,6 +215,8 @@ def load_policy(
     full = trainable and lora_rank == 0
     if load_in_4bit:
         check_4bit(full)
+    # The dtype is this run's choice, whatever the folder's config names: frozen float32 weights of the stage before are
+    # rounded here.
     lm = open_model(name, torch.float32 if full else kind, load_in_4bit)
     for setting in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if getattr(lm.config, setting, 0):
@@ -401,7 +404,8 @@ def save_model(lm: nn.Module, state: dict[str, torch.Tensor], tokenizer, folder:
     config = copy.deepcopy(lm.config)
     if hasattr(config, "quantization_config"):  # what is written is dequantised
         del config.quantization_config
-    config.dtype = next(iter(state.values())).dtype
+    # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.
+    config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))
     config.architectures = config.architectures or [type(lm).__name__.removeprefix("FSDP")]  # servers go by it
     config.save_pretrained(folder)
     lm.generation_config.save_pretrained(folder)

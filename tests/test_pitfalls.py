@@ -12,12 +12,13 @@ import pytest
 import torch
 from observed import observations
 from small import EOS, VOCABULARY, small_lm, small_policy, small_rows, stir
+from transformers import AutoModelForCausalLM
 
-from socratiq import losses, model
+from socratiq import lora, losses, model
 from socratiq.batch import make_batch
 from socratiq.data import Row, load_pairs, load_rows, split_by_context
 from socratiq.errors import UserError
-from socratiq.model import load_policy, load_tokenizer, save_model, token_logprobs
+from socratiq.model import load_policy, load_tokenizer, save_model, save_policy, token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import draw, sample
 
@@ -138,6 +139,22 @@ def test_missing_eos():
     tokens = batch.tokens.masked_fill(batch.mask == 0, EOS)  # as where padding and EOS are the same token
     scores = losses.missing_eos_penalty(torch.tensor([[0.5, 0.5]]), tokens, batch.mask, EOS, penalty=1.0)
     assert scores.tolist() == [[0.5, -0.5]]
+
+
+def test_merged_weights(tmp_path):
+    """Adapters are merged in float32 beside bfloat16 weights: others open the folder in float32, by default, and the
+    next stage in what it asks for."""
+    tokenizer, policy = load_tokenizer("tiny"), load_policy("tiny", "cpu", "bfloat16", lora_rank=4)
+    stir(policy)
+    save_policy(policy, tokenizer, tmp_path / "model", "tiny")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    ours = lora.merged_state_dict(policy.lm, lora.state_dict(policy.lm))
+    assert ours.keys() == theirs.keys()
+    assert {x.dtype for x in ours.values()} == {torch.float32, torch.bfloat16}
+    for name, weight in ours.items():
+        assert theirs[name].dtype == torch.float32 and torch.equal(theirs[name], weight.float()), name
+    again = load_policy(str(tmp_path / "model"), "cpu", "bfloat16", lora_rank=4)
+    assert {x.dtype for x in again.lm.parameters() if not x.requires_grad} == {torch.bfloat16}
 
 
 def test_dropout(tmp_path, monkeypatch):
