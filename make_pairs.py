@@ -44,7 +44,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from socratiq import cli
+from socratiq import cli, fit
 from socratiq.errors import Stopped, UserError, bar, main, warn
 from socratiq.files import atomic_write, to_json
 from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types, words
@@ -177,9 +177,8 @@ def parse_arguments(argv: list[str] | None = None):
 def share_out(parser, args) -> None:
     """Under torchrun every process makes one part, on a GPU of its own; they need not talk to each other."""
     if not (Path(args.scorer) / "scorer.json").exists():  # all of them would fit and write it at the same time
-        fit = f"--data {args.data} --held-out {args.held_out} --seed {args.seed} --out {args.scorer}"
-        fit += f" --model {args.scorer_model}" if args.scorer_model != "none" else ""
-        parser.error(f"--scorer {args.scorer}: not there; before torchrun, fit it: python -m socratiq.scorer {fit}")
+        line = fit.command("scorer", args.scorer, args, args.scorer_model)
+        parser.error(f"--scorer {args.scorer}: not there; before torchrun, fit it: {line}")
     args.shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
     if args.device in ("auto", "cuda"):
         import torch
@@ -590,6 +589,7 @@ def open_scorer(args, rows, held_out: set[str]):
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
+    from socratiq.grading import check_unseen
     from socratiq.judge import rows_to_learn_from
     from socratiq.scorer import Scorer, open_language_model
 
@@ -600,6 +600,9 @@ def open_scorer(args, rows, held_out: set[str]):
             f"--scorer-model {args.scorer_model}: the scorer in {args.scorer} was fitted without it; name another"
         )
     model = scorer.settings.get("model", "none") if there else args.scorer_model
+    if there:
+        line = fit.command("scorer", args.scorer, args, model)
+        check_unseen(f"--scorer {args.scorer}", scorer.settings.get("texts"), held_out, line)
     lm = open_language_model(model, args.device, args.dtype)
     if not there:
         learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1]

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from socratiq import cli
+from socratiq import cli, fit
 from socratiq.errors import UserError, main, warn
 from socratiq.files import atomic_write
 
@@ -176,8 +176,12 @@ def choose_tasks(rows, held_out_rows, limit: int, seed: int) -> list:
     ]
 
 
-def load_classifiers(args, rows, types: list[str]) -> dict:
-    """{"judge": Judge, "scorer": Scorer}, each fitted on its share of the training texts if it is not there."""
+def load_classifiers(args, rows, types: list[str], contexts: list[str]) -> dict:
+    """{"judge": Judge, "scorer": Scorer}, each fitted on its share of the training texts if it is not there.
+
+    One that is there, from a run with another split perhaps, must not have learnt from a text that is to be graded.
+    """
+    from socratiq.grading import check_unseen
     from socratiq.judge import Judge, rows_to_learn_from
     from socratiq.scorer import Scorer
 
@@ -188,7 +192,10 @@ def load_classifiers(args, rows, types: list[str]) -> dict:
         if name == "judge" and folder == "none":
             continue
         if Path(folder).exists():
-            found[name] = kind.load(folder)
+            found[name] = known = kind.load(folder)
+            texts = known.texts if name == "judge" else known.settings.get("texts")
+            model = "none" if name == "judge" else known.settings.get("model", "none")
+            check_unseen(f"--{name} {folder}", texts, contexts, fit.command(name, folder, args, model))
         else:
             found[name] = kind.fit(rows)
             found[name].save(folder)
@@ -279,7 +286,7 @@ def run(argv: list[str] | None = None) -> None:
     tasks = choose_tasks(rows, held_out_rows, args.limit, args.seed)
     cli.check(bool(tasks), f"{args.data}: no text is held out; raise --held-out, or give more than one text")
     contexts, types = list(dict.fromkeys(task.context for task in tasks)), list(dict.fromkeys(t.type for t in tasks))
-    classifiers = load_classifiers(args, rows, types)
+    classifiers = load_classifiers(args, rows, types, contexts)
     for reason in skipped:
         print(f"left out: {reason}")
     print(f"{len(contexts)} held-out texts of {args.data}, {len(types)} types, {len(models)} models", flush=True)

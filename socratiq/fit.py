@@ -11,12 +11,18 @@ from socratiq import cli
 SHOWN = 3  # warnings
 
 
-def parser_of(name: str, description: str, held_out: float, help: str) -> cli.Parser:
+def command(name: str, folder: str, args, model: str = "none") -> str:
+    """The line that fits the "scorer" or the "judge" on rows of --data, without the texts held out of these."""
+    line = f"python -m socratiq.{name} --data {args.data} --held-out {args.held_out} --seed {args.seed} --out {folder}"
+    return line + (f" --model {model}" if model != "none" else "")
+
+
+def parser_of(name: str, description: str, help: str) -> cli.Parser:
     """What both are told: the rows, the folder, the split, the folds."""
     parser = cli.Parser(prog=f"python -m socratiq.{name}", description=description)
     parser.add_argument("--data", type=cli.source, default="sample", help="rows of context, question and type")
     parser.add_argument("--out", default=f"runs/{name}", metavar="FOLDER", help=f"folder of the {name}")
-    parser.add_argument("--held-out", type=cli.fraction, default=held_out, metavar="SHARE", help=help)
+    parser.add_argument("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help=help)
     parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of that split")
     parser.add_argument("--folds", type=cli.number(int, least=2), default=5, help="of the cross-validation by text")
     return parser
@@ -26,9 +32,8 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     parser = parser_of(
         "scorer",
         "Fit the scorer, and say how good it is.",
-        held_out=0.0,
-        help="0.1 fits it as make_pairs.py does, without the texts held out for evaluation and without the judge's; "
-        "0 fits it on all rows",
+        help="share of the texts kept for evaluation; it learns from those that are left but for the judge's, as in "
+        "make_pairs.py; 0 fits it on all rows, for use elsewhere",
     )
     parser.add_argument("--model", default="none", help="language model for the second layer, such as smollm2")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
@@ -51,12 +56,12 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     scorer.save(args.out)
     print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
     if not args.held_out:
-        print("it knows the held-out texts and the judge's: before an evaluation fit it with --held-out 0.1")
+        print("it has seen every text: make_pairs.py and evaluate, which hold some out, will refuse it")
 
 
 def fit_judge(argv: list[str] | None = None) -> None:
     description = "Fit the judge on its share of the texts, and say by cross-validation how good it is."
-    args = parser_of("judge", description, held_out=0.1, help="share of the texts kept for evaluation").parse_args(argv)
+    args = parser_of("judge", description, help="share of the texts kept for evaluation").parse_args(argv)
 
     from socratiq.data import load_rows
     from socratiq.grading import cross_validate

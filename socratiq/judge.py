@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from socratiq import gates
 from socratiq.errors import UserError
-from socratiq.grading import place
+from socratiq.grading import place, texts_of
 from socratiq.logistic import minimise
 
 BUCKETS = 2**14
@@ -69,8 +69,9 @@ def pieces(question: str) -> list[int]:
 class Judge:
     """Strengths of question types. Build one with `Judge.fit` or `Judge.load`; the same calls as the scorer's."""
 
-    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor]):
+    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor], texts: list[int] | None = None):
         self.types, self.tensors = types, tensors
+        self.texts = texts  # that it was fitted on (`grading.texts_of`); None in what earlier versions saved
 
     @classmethod
     def fit(cls, rows, seed: int = 0) -> "Judge":
@@ -95,7 +96,7 @@ class Judge:
         slope, bias = torch.zeros(len(types)), torch.zeros(len(types))
         minimise(lambda: unseen * slope + bias, [slope, bias], target, 1e-4)
         tensors = {"weight": x.T @ dual, "rarity": rarity, "slope": slope, "bias": bias}
-        return cls(types, tensors)
+        return cls(types, tensors, texts_of(rows))
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how likely each question is of each type."""
@@ -114,7 +115,8 @@ class Judge:
         from socratiq.files import atomic_write
 
         atomic_write(Path(folder) / "judge.safetensors", save({k: v.contiguous() for k, v in self.tensors.items()}))
-        atomic_write(Path(folder) / "judge.json", json.dumps({"types": self.types}, ensure_ascii=False) + "\n")
+        known = {"types": self.types, "texts": self.texts}
+        atomic_write(Path(folder) / "judge.json", json.dumps(known, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Judge":
@@ -123,10 +125,11 @@ class Judge:
         from safetensors.torch import load_file
 
         try:
-            types = json.loads((Path(folder) / "judge.json").read_text(encoding="utf-8"))["types"]
+            known = json.loads((Path(folder) / "judge.json").read_text(encoding="utf-8"))
             tensors = load_file(Path(folder) / "judge.safetensors")
-            return cls(types, {name: tensors[name] for name in ("weight", "rarity", "slope", "bias")})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            tensors = {name: tensors[name] for name in ("weight", "rarity", "slope", "bias")}
+            return cls(known["types"], tensors, known.get("texts"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no judge that can be read ({error}); fit one with python -m socratiq.judge --out {folder}"
             ) from None

@@ -26,7 +26,7 @@ import torch
 from socratiq import gates, grading
 from socratiq.errors import UserError
 from socratiq.fluency import Fluency
-from socratiq.grading import Figures, contradictions, place
+from socratiq.grading import Figures, contradictions, place, texts_of
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 from socratiq.prompts import build_prompt
 
@@ -45,7 +45,7 @@ class Scorer:
         self.types: list[str] = types
         self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
         self.order, self.overlap = order, overlap
-        self.settings = settings  # with a language model: its name, its signature, the ramp of its fluency
+        self.settings = settings  # the texts it was fitted on; of a language model name, signature, ramp of its fluency
         self.lm = None
         self.warnings: list[str] = []
 
@@ -67,8 +67,8 @@ class Scorer:
         target = torch.tensor([[float(r.type == name) for name in types] for r in rows])  # (N, T)
         part = [place(context) % CALIBRATION_PARTS for context in contexts]
         weight, bias = calibrated(fit_ngrams, ngram_logits, questions, target, part)
-        tensors = {"weight": weight, "bias": bias}
-        scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), {})
+        tensors, settings = {"weight": weight, "bias": bias}, {"texts": texts_of(rows)}
+        scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), settings)
         scorer.warnings = contradictions(rows)
         tensors["related"] = scorer.fit_relatedness(rows)
         if lm is not None:
@@ -80,7 +80,7 @@ class Scorer:
                 return scorer
             fluency = Fluency.fit(lm, rows, CALIBRATION_PARTS)
             tensors |= fluency.tensors
-            scorer.settings = {"model": lm.name, "signature": lm.signature(), "fluency": fluency.ramps}
+            scorer.settings |= {"model": lm.name, "signature": lm.signature(), "fluency": fluency.ramps}
             some = sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS]
             tensors["related_model"] = scorer.fit_relatedness(some)
         return scorer

@@ -381,6 +381,28 @@ def test_a_split_that_sft_did_not_have_is_warned_of(place, capsys):
     assert "may have seen these texts" in capsys.readouterr().err
 
 
+def test_who_has_seen_a_held_out_text_does_not_grade_it(place, capsys):
+    """After another split nobody grades with the judge and the scorer of the one before; old ones cannot tell."""
+    few = [*SMALL, "--base", "none", "--dpo", "none"]
+    evaluate.run(few)  # fits both
+    capsys.readouterr()
+    for name in ("judge", "scorer"):
+        with pytest.raises(UserError, match=rf"--{name} runs/{name} was fitted on \d of the 3 held-out texts") as said:
+            evaluate.run([*few, "--seed", "4"])
+        line = f"python -m socratiq.{name} --data rows.jsonl --held-out 0.4 --seed 4 --out runs/{name}"
+        assert str(said.value).endswith(f"delete it, or fit it anew: {line}")
+        known = place / "runs" / name / f"{name}.json"
+        read = json.loads(known.read_text())
+        assert read.pop("texts")
+        known.write_text(json.dumps(read))  # as an earlier version wrote it
+    capsys.readouterr()
+    evaluate.run([*few, "--seed", "4"])
+    assert [line for line in capsys.readouterr().err.splitlines() if "which texts" in line] == [
+        f"warning: --{name} runs/{name} does not say which texts it was fitted on; it may have seen the held-out ones"
+        for name in ("judge", "scorer")
+    ]
+
+
 def test_what_cannot_be_evaluated_is_said(place):
     with pytest.raises(UserError, match="no text is held out"):
         evaluate.run([*SMALL, "--held-out", "0"])

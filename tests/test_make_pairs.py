@@ -494,6 +494,17 @@ def reference(rows_file, tmp_path_factory):
         return outputs(out), done.stdout, server.requests
 
 
+def test_a_scorer_that_has_seen_held_out_texts_verifies_nothing(rows_file, tmp_path, capsys):
+    from socratiq.data import load_rows
+    from socratiq.scorer import Scorer
+
+    Scorer.fit(load_rows(str(rows_file))).save(tmp_path / "scorer")
+    before = sorted(tmp_path.rglob("*"))
+    done = run(rows_file, tmp_path / "p.jsonl", "--base-url", "http://127.0.0.1:9", scorer=tmp_path / "scorer")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+    assert f"--scorer {tmp_path / 'scorer'} was fitted on" in done.stderr and "held-out texts; delete it" in done.stderr
+
+
 def test_the_pairs_file(reference, rows_file):
     from socratiq.prompts import build_prompt
 

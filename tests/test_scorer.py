@@ -703,7 +703,8 @@ def test_a_judge_needs_types_and_a_whole_folder(tmp_path):
 @pytest.fixture
 def rows_file(tmp_path) -> Path:
     path = tmp_path / "rows.jsonl"
-    doubled = [*ROWS, ROWS[0]._replace(type="Reasons")]
+    clear = next(r for r in rows_to_learn_from(ROWS, 0.1, 0)[1] if r.type == "Clarity")  # one the scorer learns from
+    doubled = [*ROWS, clear._replace(type="Reasons")]
     lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in doubled]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -716,7 +717,16 @@ def test_command_line(command, kind, capsys, tmp_path, rows_file):
     for text in ("macro-F1", "--chosen-min", "--rejected-max", "calibration error", str(tmp_path / "out")):
         assert text in said
     assert ("is labelled Clarity and Reasons" in said) == (kind is Scorer)
-    kind.load(tmp_path / "out")
+    fitted = kind.load(tmp_path / "out")
+    # Without a word about it, neither has seen what is held out by default.
+    held_out = {r.context for r in split_by_context(ROWS)[1]}
+    texts = fitted.texts if kind is Judge else fitted.settings["texts"]
+    assert held_out and texts == sorted(texts) and not {grading.place(text) for text in held_out}.intersection(texts)
+    assert {grading.place(r.context) for r in ROWS} > set(texts)
+    if kind is Scorer:
+        command(["--data", str(rows_file), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
+        assert "will refuse it" in capsys.readouterr().out
+        assert kind.load(tmp_path / "all").settings["texts"] == grading.texts_of(ROWS)
 
 
 @pytest.mark.parametrize("module", ["scorer", "judge"])
