@@ -50,7 +50,7 @@ class Ramp(NamedTuple):
 STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
-MARKUP = re.compile(r"<[|/\w]|##|\[/?[A-Z]+\]")  # of prompts and chats, such as <|im_end|>, ### and [INST]
+MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
 MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
 OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt

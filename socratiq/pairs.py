@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from socratiq.errors import UserError
 from socratiq.files import lock, read_jsonl, to_json
+from socratiq.gates import MARKUP
 from socratiq.taxonomy import TYPES, definition
 
 # A longer text loses its tail in a request to a server: a slip in the data must not cost a fortune.
@@ -107,7 +108,7 @@ def flaw(question: str, context: str, chosen: str = "") -> str:
     said = words(question)
     if not said:
         return "empty"
-    if "###" in question or re.search(r"<\|\w+\|>", question):
+    if MARKUP.search(question):
         return "echoes the template"
     if not question.endswith("?"):
         return "not a question"

@@ -59,8 +59,10 @@ def encode_completion(tokenizer, question: str) -> list[int]:
 
 
 def decode(tokenizer, ids: list[int]) -> str:
-    """The text of a completion, without EOS and other control tokens, stripped."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
+    """The text of a completion up to its EOS, stripped. Other control tokens show: a reward must see what was asked."""
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(ids, skip_special_tokens=False).strip()
 
 
 def plain_ids(tokenizer, text: str) -> list[int]:

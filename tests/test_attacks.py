@@ -10,8 +10,11 @@ from typing import NamedTuple
 
 import pytest
 
-from socratiq import attacks
+from socratiq import attacks, gates
 from socratiq.data import Row, load_rows, split_by_context
+from socratiq.measures import well_formed
+from socratiq.model import load_tokenizer
+from socratiq.prompts import decode, encode_completion
 from socratiq.scorer import Scorer, open_language_model
 
 
@@ -73,6 +76,28 @@ def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(su
     assert found.mean > 0.5 and sum(x >= found.mean for x in found.rewards) <= 20
     for kind, rewards in by_kind(suite, found.rewards).items():
         assert sum(rewards) / len(rewards) < found.mean, kind
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2"])
+def test_a_control_token_in_mid_question_is_seen(suite, name):
+    """Ids as a policy may sample them, not their spelling: only the final EOS, and what padding follows, is no text."""
+    tokenizer, row = load_tokenizer(name), suite.genuine[0]
+    ids, eos = encode_completion(tokenizer, row.question), tokenizer.eos_token_id
+    assert decode(tokenizer, ids) == decode(tokenizer, ids[:-1]) == decode(tokenizer, [*ids, eos, 0]) == row.question
+    assert gates.form(row.question) > 0 and well_formed(row.question, row.context)
+    controls = [id for id, token in tokenizer.added_tokens_decoder.items() if token.special and id != eos]
+    assert len(controls) >= 2
+    for control in controls:
+        for place in (0, len(ids) // 2, len(ids) - 1):
+            asked = decode(tokenizer, [*ids[:place], control, *ids[place:]])
+            assert tokenizer.decode([control]) in asked
+            assert gates.form(asked) == 0 and not well_formed(asked, row.context), asked
+
+
+@pytest.mark.parametrize("markup", ["[TOOL_CALLS]", "[/INST]", "<｜User｜>", "<pad>", "<0x0A>"])
+def test_the_control_tokens_of_other_families_are_seen(markup):
+    assert gates.form("Why would more phones make pupils quieter?") > 0
+    assert gates.form(f"Why would more {markup} phones make pupils quieter?") == 0
 
 
 @pytest.fixture(scope="module")
