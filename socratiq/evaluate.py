@@ -69,12 +69,12 @@ FIGURES = {
 def parse_arguments(argv: list[str] | None = None):
     parser = cli.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
     parser.add_argument("runs", nargs="?", default="runs", help="folder with sft, dpo, ppo, scorer and judge")
-    models = parser.add_argument_group("models; one that is not there yet is left out, and so is one named none")
+    models = parser.add_argument_group("models; a stage that is not there yet is left out, and so is one named none")
     models.add_argument("--base", metavar="MODEL", help="default: the model that SFT began with, else smollm2")
     for stage in STAGES[1:]:
         models.add_argument(f"--{stage}", metavar="MODEL", help=f"default: {stage} in that folder")
     models.add_argument("--scorer", metavar="FOLDER", help="default: scorer in that folder, fitted there if missing")
-    models.add_argument("--judge", metavar="FOLDER", help="default: judge in that folder, likewise")
+    models.add_argument("--judge", metavar="FOLDER", help="default: judge in that folder, likewise; none goes without")
     data = parser.add_argument_group("texts; what is not given here is as it was when --sft was trained")
     data.add_argument("--data", type=cli.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
     data.add_argument("--held-out", type=cli.fraction, metavar="SHARE", help="share of texts held out")
@@ -100,6 +100,10 @@ def parse_arguments(argv: list[str] | None = None):
     out.add_argument("--bootstrap", type=cli.count, default=2000, metavar="N", help="resamples behind an interval")
     out.add_argument("--show", type=cli.count_or_none, default=3, metavar="N", help="texts whose questions are printed")
     args = parser.parse_args(argv)
+    if args.scorer == "none":
+        parser.error("--scorer none: without a scorer there are no figures; name a folder, or leave it out")
+    if args.judge == "openai":
+        parser.error("--judge openai: a judge is a folder; for grades by an API model use --judge-api NAME")
     for name in (*STAGES[1:], "scorer", "judge"):
         if getattr(args, name) is None:
             setattr(args, name, str(Path(args.runs, name)))

@@ -418,6 +418,19 @@ def test_what_cannot_be_evaluated_is_said(place):
         evaluate.run([*SMALL, "--data", "other.jsonl"])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--scorer", "none"], "without a scorer there are no figures"), (["--judge", "openai"], "use --judge-api NAME")],
+)
+def test_no_folder_is_made_of_a_misunderstanding(place, capsys, arguments, says):
+    before = sorted(place.rglob("*"))
+    with pytest.raises(SystemExit) as left:
+        evaluate.run([*SMALL, *arguments])
+    complained = capsys.readouterr().err
+    assert left.value.code == 2 and says in complained and complained.count("\n") == 1
+    assert sorted(place.rglob("*")) == before
+
+
 def test_numbers_in_the_table_are_short():
     assert evaluate.shown({"value": 0.123, "low": 0.05, "high": 1.0}) == ".12 [.05 1.0]"
     assert evaluate.shown({"value": -0.001, "low": -0.2, "high": 0.3}) == ".00 [-.20 .30]"
