@@ -105,13 +105,13 @@ def read_text(args) -> str | None:
         try:
             with open(args.file, "rb") if args.file else sys.stdin.buffer as stream:
                 content = stream.read(LONGEST_FILE + 1)
+            if len(content) > LONGEST_FILE:  # first: it may end in mid-character
+                raise UserError(f"{where}: more than {LONGEST_FILE:,} bytes; give the passage to be questioned")
             text = content.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        if len(content) > LONGEST_FILE:
-            raise UserError(f"{where}: more than {LONGEST_FILE:,} bytes; give the passage to be questioned")
     text = clean(text)
     if not text:
         raise UserError(f"{where} is empty; there is nothing to ask about")

@@ -153,6 +153,7 @@ def test_text_from_a_file_and_from_standard_input(command, tmp_path, typed):
         (b" \n\t", "is empty"),
         (b"caf\xe9", "not UTF-8 text \\(byte 3\\)"),
         (b"a" * 1_000_001, "more than 1,000,000 bytes"),
+        ("é".encode() * 500_001, "more than 1,000,000 bytes"),  # read up to the middle of a character
     ],
 )
 def test_texts_that_cannot_be_read(command, tmp_path, typed, content, problem):
