@@ -45,8 +45,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, asker, args):
         self.asker, self.args, self.turn = asker, args, threading.Lock()
         super().__init__(("127.0.0.1", args.serve), Handler)
-        port = self.server_address[1]
-        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
+        self.hosts = hosts(self.server_address[1])
         page = PAGE.read_text(encoding="utf-8")
         script = page.split("<script>")[1].split("</script>")[0]
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -66,6 +65,12 @@ class Server(ThreadingHTTPServer):
             "temperature": min(2.0, self.args.temperature),
             "longest": LONGEST_TEXT,
         }
+
+
+def hosts(port: int) -> set[str]:
+    """What a browser may write as Host to reach this server: of port 80, which is that of http, it says nothing."""
+    names = {"127.0.0.1", "localhost"}
+    return {f"{name}:{port}" for name in names} | (names if port == 80 else set())
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -184,7 +189,7 @@ def read_wish(body: bytes, asker) -> dict:
     """The checked request: {"text", "types", "n", "temperature", "seed"}. Raises Refused."""
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):  # the second: brackets within brackets, thousands deep
         raise Refused(400, "the request is not JSON") from None
     if not isinstance(said, dict) or not isinstance(said.get("text"), str):
         raise Refused(400, 'the request must be {"text": "...", "types": [...], "n": 4, "temperature": 0.8}')

@@ -298,6 +298,15 @@ def test_other_hosts_are_refused(server, host):
         assert request(server, method, path, Host=host)[0] == 403
 
 
+def test_the_port_of_http_goes_without_saying(server, monkeypatch):
+    monkeypatch.setattr(server, "hosts", serve.hosts(80))
+    for host in ("127.0.0.1", "localhost", "127.0.0.1:80"):
+        assert request(server, Host=host, Origin=f"http://{host}")[0] == 200
+    for host in ("evil.example", "127.0.0.1:81"):
+        assert request(server, Host=host)[0] == 403
+    assert request(server, Host="127.0.0.1", Origin="http://evil.example")[0] == 403
+
+
 def test_localhost_is_this_machine_too(server):
     assert request(server, "GET", "/", Host=f"LOCALHOST:{server.server_address[1]}")[0] == 200
 
@@ -333,6 +342,7 @@ def test_requests_of_other_sites_and_broken_ones(server, headers, status):
         (b"{", 400),
         (b"[]", 400),
         (b"\xff", 400),
+        (b"[" * 60_000, 400),
         ({"text": 5}, 400),
         ({"text": " \n"}, 400),
         ({"text": "a" * 20_001}, 413),
