@@ -66,8 +66,12 @@ def parse_arguments(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.text is not None and args.file is not None:
         parser.error("a text and --file: give one of them")
-    if args.serve is not None and (args.text is not None or args.file is not None or args.json):
-        parser.error("--serve: the text is given in the browser")
+    if args.serve is not None:
+        for name in ("text", "file", "type", "show", "json", "seed"):
+            given = getattr(args, name)
+            if given is not None and given is not False:
+                named = "a text" if name == "text" else f"--{name}"
+                parser.error(f"--serve and {named}: text and types are given in the browser, which shows all questions")
     return args
 
 
@@ -228,7 +232,9 @@ def converse(asker, types: list[str], args) -> None:
             types = again
         else:
             context = clean("\n".join(lines)) or context
-        if context:
+        if not context:
+            print("paste a text first")
+        else:
             print(show(ask_once(asker, context, types, args), args.show, columns()))
 
 

@@ -184,7 +184,12 @@ def test_the_last_finished_stage_is_asked(tmp_path, monkeypatch, capsys):
     assert ask.find_model(ask.parse_arguments([TEXT, "--model", "smollm2"])) == ("smollm2", "runs/scorer")
 
 
-@pytest.mark.parametrize("argv", [["a", "--file", "b"], ["--serve", "--json"], ["--n", "0"], ["--serve", "99999"]])
+SERVED = [["--type", "Clarity"], ["--show", "2"], ["--seed", "0"], ["--json"], ["--file", "a"]]  # for the command line
+
+
+@pytest.mark.parametrize(
+    "argv", [["a", "--file", "b"], ["--n", "0"], ["--serve", "99999"], *(["--serve", "0", *more] for more in SERVED)]
+)
 def test_arguments_that_contradict_each_other(argv):
     with pytest.raises(SystemExit) as stop:
         ask.parse_arguments(argv)
@@ -220,7 +225,7 @@ def test_what_speaks_against_a_question_stands_behind_it():
 
 
 def test_a_conversation(asker, monkeypatch, capsys):
-    lines = iter(["I think that", "dogs are good.", "", "Clarity", "2", "all", "", "   ", "Cats too.", ""])
+    lines = iter(["Clarity", "I think that", "dogs are good.", "", "Clarity", "2", "all", "", "   ", "Cats too.", ""])
 
     def answer(prompt):
         try:
@@ -234,7 +239,8 @@ def test_a_conversation(asker, monkeypatch, capsys):
     ask.converse(asker, ["Analogy"], ask.parse_arguments([]))
     both = ["Analogy", "Clarity"]
     text = "I think that\ndogs are good."
-    assert asked[:4] == [(text, ["Analogy"]), (text, ["Clarity"]), (text, ["Clarity"]), (text, both)]
+    assert capsys.readouterr().out.count("paste a text first") == 1
+    assert asked[:4] == [(text, ["Clarity"]), (text, ["Clarity"]), (text, ["Clarity"]), (text, both)]
     assert asked[-1] == ("Cats too.", both)
 
 
@@ -278,6 +284,7 @@ def test_the_page_is_whole_and_admits_no_other_script(server):
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "frame-ancestors 'none'" in policy
     assert page.count("<script") == 1 and "innerHTML" not in page and "http" not in page.replace("http-equiv", "")
     assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-store"
+    assert '"range" min="0" max="2"' in page  # as wide as what --temperature and a request may be
     settings = json.loads(request(server, "GET", "/settings")[2])
     assert [kind["name"] for kind in settings["types"]] == ["Analogy", "Clarity"]
 
