@@ -45,7 +45,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 
 from socratiq import cli, fit
-from socratiq.errors import Stopped, UserError, bar, main, warn
+from socratiq.errors import Stopped, UserError, bar, main, speaks, warn
 from socratiq.files import atomic_write, to_json
 from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types, words
 from socratiq.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWriter, RowFailed, fingerprint
@@ -95,7 +95,12 @@ def parse_arguments(argv: list[str] | None = None):
         help="beside a pairs.jsonl: pairs.dropped.jsonl and pairs.answers.jsonl",
     )
     add("--limit", type=cli.count, metavar="N", help="use at most N chosen questions, spread over the data")
-    add("--shard", type=shard, metavar="I/N", help="only part I of N, into pairs.IofN.jsonl: a part for each machine")
+    add(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="only part I of N of these, into pairs.IofN.jsonl: a part for each machine",
+    )
     add("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help="share of the texts kept for evaluation")
     add("--seed", type=cli.count_or_none, default=0, help="seed of the split, the scorer and the local writer")
 
@@ -250,12 +255,15 @@ def left_over(source, type, context, question, score, attempts, reason) -> dict:
 
 
 def picked(jobs: list[Job], limit: int | None, part: tuple[int, int] | None) -> list[Job]:
-    """The jobs of this shard, at most `limit`. Both go by the rows' digests: more data or a higher limit moves none."""
-    if part:
-        jobs = [job for job in jobs if zlib.crc32(job.row.encode()) % part[1] == part[0] - 1]
+    """At most `limit` of the jobs, and of these the shard's: all shards together have the jobs of a run without any.
+
+    Both go by the rows' digests: more data or a higher limit moves none.
+    """
     if limit is not None and len(jobs) > limit:
         kept = {job.row for job in sorted(jobs, key=lambda job: job.row)[:limit]}
         jobs = [job for job in jobs if job.row in kept]
+    if part:
+        jobs = [job for job in jobs if zlib.crc32(job.row.encode()) % part[1] == part[0] - 1]
     return jobs
 
 
@@ -491,7 +499,11 @@ def summary(
     """What was made, what was not and why, what it cost, what to type next."""
     kept = [job for job in jobs if job.rejected is not None]
     also = f", {turned} of them others turned round (--mirror)" if args.mirror else ""
-    print(f"{rows} rows, {len(jobs)} chosen questions, {len(kept) + turned} pairs in {args.out}{also}")
+    part = f"part {args.shard[0]} of {args.shard[1]}: " if args.shard else ""
+    made = f"{len(kept) + turned} pairs in {args.out}{also}"
+    print(f"{part}{rows} rows, {len(jobs)} chosen questions, {made}", flush=True)
+    if not speaks():  # under torchrun the first process alone says more, of its own part
+        return
     reasons = Counter(": ".join(line["reason"].split(": ")[:2]) for line in dropped)  # what a server said is cut off
     for reason, count in reasons.most_common():
         print(f"  {count:6d} not kept: {reason}")
@@ -620,7 +632,7 @@ def open_scorer(args, rows, held_out: set[str]):
             "other rows: name another folder, where a scorer for these rows will be fitted"
         )
     second = f"n-grams and {model}" if lm else "n-grams alone"
-    print(f"scorer: {args.scorer}, {'as it was found' if there else 'fitted now'}, judging by {second}", flush=True)
+    tell(f"scorer: {args.scorer}, {'as it was found' if there else 'fitted now'}, judging by {second}")
     return scorer, figures
 
 
@@ -629,10 +641,10 @@ def run() -> None:
     answers_path = args.out.with_name(args.out.stem + ".answers.jsonl")
     check_output(args.out, answers_path)
     if not args.writer_was_named:
-        print({
+        tell({
             "openai": "writer: openai, since a key or an address is given (--writer local for the SFT model)",
             "local": f"writer: local, the model in {args.policy}, since OPENAI_API_KEY is not set",
-        }[args.writer], flush=True)  # fmt: skip
+        }[args.writer])  # fmt: skip
 
     # 1. The rows, and which of their texts the trainers hold out.
     from socratiq.data import load_rows, split_by_context
@@ -672,15 +684,14 @@ def run() -> None:
     scorer, figures = open_scorer(args, rows, held_out)
     jobs, dropped = choose(rows, figures.strengths, figures.types, held_out, args)
     agreed = sum(rows[job.index].type == job.type for job in jobs)
-    print(
+    tell(
         f"{len(rows)} rows, {len(jobs)} of them chosen at --chosen-min {args.chosen_min}"
         + (f"; the recognised type is the labelled one for {agreed / len(jobs):.0%}" if jobs else "")
     )
     all_chosen = len(jobs)
     jobs = picked(jobs, args.limit, args.shard)
     if len(jobs) < all_chosen:
-        print(f"working on {len(jobs)} of them (--limit, --shard)")
-    sys.stdout.flush()
+        tell(f"working on {len(jobs)} of them (--limit, --shard)")
 
     limit = args.api_max_tokens if args.writer == "openai" else 0
     if args.dry_run:
@@ -715,6 +726,12 @@ def run() -> None:
     ]
     atomic_write(args.out, lines(pairs))
     summary(args, len(rows), jobs, len(turned), dropped, writer, budget, paid_before)
+
+
+def tell(line: str) -> None:
+    """One line on stdout; under torchrun the first process tells for all."""
+    if speaks():
+        print(line, flush=True)
 
 
 def lines(values: Iterable[dict]) -> str:

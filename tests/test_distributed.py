@@ -324,8 +324,10 @@ def test_two_processes_make_the_pairs_of_one(launch, inputs, tmp_path, monkeypat
         asked += ("--base-url", server.url, "--min-gap", 0, "--rejected-max", 0.2)
         finish(launch(1, asked, tmp_path / "whole.jsonl"))
         alone = len(server.requests)
-        finish(launch(2, asked, tmp_path / "pairs.jsonl"))
+        (_, first, _), (_, second, _) = finish(launch(2, asked, tmp_path / "pairs.jsonl"))
         assert len(server.requests) == 2 * alone, "no process does the work of another"
+    assert "\npart 1 of 2: 24 rows, " in first and "next, when all 2 shards are done" in first
+    assert second.startswith("part 2 of 2: 24 rows, ") and second.count("\n") == 1
     parts = [(tmp_path / f"pairs.{part}of2.jsonl").read_text().splitlines() for part in (1, 2)]
     whole = (tmp_path / "whole.jsonl").read_text().splitlines()
     assert all(parts) and sorted(parts[0] + parts[1]) == sorted(whole)

@@ -203,6 +203,10 @@ def test_limit_and_shards_take_the_same_rows_again():
     shards = [make_pairs.picked(jobs, None, (part, 3)) for part in (1, 2, 3)]
     assert sorted(job.index for part in shards for job in part) == list(range(200))
     assert min(map(len, shards)) > 40
+    shards = [make_pairs.picked(jobs, 20, (part, 3)) for part in (1, 2, 3)]
+    assert sorted(job.index for part in shards for job in part) == [job.index for job in few], (
+        "of the whole, not of each"
+    )
 
 
 # --- asking and verifying -------------------------------------------------------------------------------------------
