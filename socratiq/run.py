@@ -166,7 +166,8 @@ class Run:
 
     def log_time(self, step: int, seconds: float, tokens: int) -> None:
         """One line of timings.jsonl: what the clock says stays out of metrics.jsonl, which is the same in every run."""
-        line = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb()}
+        memory = peak_memory_mb(self.arguments.get("device", "auto"))
+        line = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_mb": memory}
         self._append("timings.jsonl", {"step": step, **line})
 
     def sample(self, **fields) -> None:
@@ -302,11 +303,11 @@ def _numbers(values: dict) -> dict:
     return {name: number(x) for name, x in values.items()}
 
 
-def peak_memory_mb() -> float:
-    """The most memory this process has held so far, in MB (on CUDA: the GPU's)."""
+def peak_memory_mb(device: str = "auto") -> float:
+    """The most memory this process has held so far, in MB; the GPU's where it computes on one (--device)."""
     import torch
 
-    if torch.cuda.is_available():
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -82,6 +82,18 @@ def test_perplexity_of_a_hopeless_model_is_infinite_and_no_error():
     assert training.perplexity(1e6) == math.inf and math.isnan(training.perplexity(math.nan))
 
 
+def test_the_memory_is_that_of_the_device(tmp_path, monkeypatch):
+    """On a machine with a GPU, --device cpu computes, and takes memory, elsewhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    for device, there in (("cpu", False), ("auto", True), ("cuda", True)):
+        run = new_run(tmp_path / device, device=device)
+        (tmp_path / device).mkdir()
+        run.log_time(1, 1.0, 10)
+        line = json.loads((tmp_path / device / "timings.jsonl").read_text())
+        assert (line["peak_memory_mb"] == 5.0) == there and line["peak_memory_mb"] > 0
+
+
 # --- the optimiser
 
 
