@@ -251,9 +251,10 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Ratio",
             (Curve("val/ratio", "new / old", "ppo"),),
-            "Mean probability ratio between the updated policy and the one that wrote the questions.",
-            "Within a few percent of 1; exactly 1 on the first pass.",
-            "Far from 1: steps too long. Not 1 on the first pass: sampling and training disagree, a bug.",
+            "Mean probability ratio between the policy and the one that wrote the questions, over all minibatches of an "
+            "update, both by the forward pass that trains.",
+            "Within a few percent of 1: up to rounding it is 1 for the first minibatch, and the later ones move away.",
+            "Far from 1: steps too long; lower --lr or --ppo-epochs.",
             (0.95, 1.05),
             (1.0, "unchanged"),
         ),
