@@ -1,6 +1,7 @@
-"""Every logged metric in one table: what it means, what is healthy, what it looks like when something is wrong.
+"""The metrics to watch, in charts: what each means, what is healthy, what it looks like when something is wrong.
 
-The report draws its curves from here, with the healthy range shaded. Names are those of metrics.jsonl.
+The report draws its curves from here, with the healthy range shaded, and what else was logged plainly below. Names are
+those of metrics.jsonl; a table in the README has all of them.
 """
 
 import math
@@ -251,8 +252,8 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
         Chart(
             "Ratio",
             (Curve("val/ratio", "new / old", "ppo"),),
-            "Mean probability ratio between the policy and the one that wrote the questions, over all minibatches of an "
-            "update, both by the forward pass that trains.",
+            "Mean probability ratio between the policy and the one that wrote the questions, over all minibatches, "
+            "both by the forward pass that trains.",
             "Within a few percent of 1: up to rounding it is 1 for the first minibatch, and the later ones move away.",
             "Far from 1: steps too long; lower --lr or --ppo-epochs.",
             (0.95, 1.05),

@@ -1,8 +1,10 @@
 """The four scripts one after the other, as a user runs them: real processes, real files, the real small model."""
 
+import fnmatch
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +39,23 @@ def some_rows(folder, contexts):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def documented(stage):
+    """The names that README's table of metrics has for a stage, such as "loss" and "reward/*"."""
+    table = (ROOT / "README.md").read_text().split("## Every logged metric")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    mine = [names for names, stages, *_ in rows if stages == "all" or stage.upper() in stages]
+    return {name for names in mine for name in re.findall("`(.*?)`", names)}
+
+
+def check_metrics(out, *missing):
+    """What the three stages logged is what the README explains, but for names that this run had no use for."""
+    for stage in STAGES:
+        logged = {name for line in metrics(out / stage) for name in line} - {"step"}
+        explained = documented(stage)
+        assert [name for name in logged if not any(fnmatch.fnmatch(name, known) for known in explained)] == [], stage
+        assert [known for known in explained - {*missing} if not fnmatch.filter(logged, known)] == [], stage
 
 
 def four_scripts(out, model, rows, sft=(), pairs=(), dpo=(), ppo=()):
@@ -95,6 +114,7 @@ def test_four_scripts_on_the_real_small_model(tmp_path):
         ppo=(*few, "--samples-per-prompt", 2, "--max-new-tokens", 16, "--eval-prompts", 2),
     )
     check_outputs(tmp_path)
+    check_metrics(tmp_path)
     assert "Next: python make_pairs.py" in said["sft"] and "Next: python -m socratiq" in said["ppo"]
     sft, dpo, ppo = (metrics(tmp_path / stage) for stage in STAGES)
     assert sft[-1]["eval/loss"] < sft[0]["eval/loss"]
@@ -141,6 +161,7 @@ def test_four_scripts_on_tiny_train_every_weight(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_outputs(tmp_path)
+    check_metrics(tmp_path, "reward/*")  # a reward of one's own has no parts
     assert not (tmp_path / "sft" / "adapter").exists()
     assert metrics(tmp_path / "ppo")[-1]["objective/scores"] > 0
 
