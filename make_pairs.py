@@ -412,21 +412,29 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
             for i, (job, attempt) in enumerate(readable):
                 attempt["parts"] = {name: round(values[i].item(), 4) for name, values in parts.items()}
                 attempt["score"] = attempt["parts"]["strength"]
-                # Verified is what every opinion agrees on: n-grams alone are blind to wordings they never saw.
                 opinions = [parts[name][i].item() for name in ("strength", "ngrams", "probe") if name in parts]
                 low = [saying for name, saying in GATES.items() if name in parts and parts[name][i] < 0.5]
                 if low:
                     attempt["flaw"] = low[0]
-                elif max(opinions) > rejected_max:
-                    attempt["flaw"] = "still of the unwanted type"
-                elif job.chosen_score - attempt["score"] < min_gap:
-                    attempt["flaw"] = "too near to the chosen question (--min-gap)"
+                else:
+                    gap = job.chosen_score - attempt["score"]
+                    attempt["flaw"] = too_strong(max(opinions), gap, rejected_max, min_gap)
         for job, attempt in tried:
             job.attempts.append(attempt)
             if not attempt["flaw"]:
                 job.rejected = attempt["question"]
 
     return verify
+
+
+def too_strong(highest: float, gap: float, rejected_max: float, min_gap: float) -> str:
+    """Why a question of these strengths cannot be the rejected one; "" if it can. `highest` is the highest opinion.
+
+    Verified is what every opinion agrees on: n-grams alone are blind to wordings they never saw.
+    """
+    if highest > rejected_max:
+        return "still of the unwanted type"
+    return "too near to the chosen question (--min-gap)" if gap < min_gap else ""
 
 
 def mirrored(jobs: list[Job], scorer, figures, args) -> dict[int, dict]:
@@ -445,12 +453,11 @@ def mirrored(jobs: list[Job], scorer, figures, args) -> dict[int, dict]:
     for job, strengths in zip(jobs, found, strict=True):
         score, column = strengths.max(0)
         type, score = scorer.types[column], score.item()
-        other = figures.strengths[job.index, figures.types.index(type)].item() if type in figures.types else 1.0
-        if (
-            type not in (job.type, job.label)
-            and score >= args.chosen_min
-            and other <= min(args.rejected_max, score - args.min_gap)
-        ):
+        if type in (job.type, job.label) or type not in figures.types or score < args.chosen_min:
+            continue
+        place = job.index, figures.types.index(type)
+        other, highest = figures.strengths[place].item(), figures.highest[place].item()
+        if not too_strong(highest, score - other, args.rejected_max, args.min_gap):
             turned[job.index] = {
                 "type": type, "chosen": job.rejected, "rejected": job.chosen, "chosen_score": round(score, 4),
                 "rejected_score": round(other, 4), "rejected_type": job.type,
@@ -586,13 +593,14 @@ def grade(rows, held_out: set[str], seed: int, lm):
     train, held = ([i for i, row in enumerate(rows) if (row.context in held_out) == out] for out in (False, True))
     learn_from = [rows[i] for i in train]
     found = cross_validate(learn_from, seed=seed, lm=lm)
-    strengths = found.strengths.new_zeros(len(rows), len(found.types))
-    strengths[train] = found.strengths
+    strengths, highest = found.strengths.new_zeros(2, len(rows), len(found.types))
+    strengths[train], highest[train] = found.strengths, found.highest
     if held:
         # It knows the same types, those of the training rows.
         fitted = Scorer.fit(learn_from, seed, lm, only_strengths=True)
-        strengths[held] = fitted.strengths([rows[i].context for i in held], [rows[i].question for i in held])
-    return grading.figures(found.types, strengths, [row.type for row in rows])
+        asked = [rows[i].context for i in held], [rows[i].question for i in held]
+        strengths[held], highest[held] = fitted.strengths(*asked), fitted.highest(*asked)
+    return grading.figures(found.types, strengths, [row.type for row in rows], highest)
 
 
 def open_scorer(args, rows, held_out: set[str]):

@@ -25,6 +25,7 @@ class Figures(NamedTuple):
     confusion: torch.Tensor  # (T, T): row labelled type, column strongest type
     chosen: list[tuple[float, float, float]]  # (at least, precision, share of questions kept)
     rejected: list[tuple[float, float, float]]  # (at most, precision of "not of this type", share of own-type let in)
+    highest: torch.Tensor  # (N, T) the highest of the opinions that each strength is made of
 
     def __str__(self) -> str:
         wide = max(map(len, self.types))
@@ -77,17 +78,20 @@ def contradictions(rows) -> list[str]:
 def cross_validate(fit, rows, folds: int = 5) -> Figures:
     """Figures of strengths that are out of fold: `fit(rows)` never sees the text of a row that its result grades."""
     types = sorted({r.type for r in rows} - {"others"})
-    strengths = torch.zeros(len(rows), len(types))
+    strengths, highest = torch.zeros(2, len(rows), len(types))
     fold = [place(r.context) % folds for r in rows]
     for k in sorted(set(fold)):
         held = [i for i, f in enumerate(fold) if f == k]
         fitted = fit([r for r, f in zip(rows, fold, strict=True) if f != k])
-        graded = fitted.strengths([rows[i].context for i in held], [rows[i].question for i in held])
-        strengths[torch.tensor(held)[:, None], torch.tensor([types.index(name) for name in fitted.types])] = graded
-    return figures(types, strengths, [r.type for r in rows])
+        asked = [rows[i].context for i in held], [rows[i].question for i in held]
+        where = torch.tensor(held)[:, None], torch.tensor([types.index(name) for name in fitted.types])
+        strengths[where], highest[where] = fitted.strengths(*asked), fitted.highest(*asked)
+    return figures(types, strengths, [r.type for r in rows], highest)
 
 
-def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> Figures:
+def figures(
+    types: list[str], strengths: torch.Tensor, labels: list[str], highest: torch.Tensor | None = None
+) -> Figures:
     """Compare strengths (N, T) with the labels of the N rows; a label that is no type makes a row all negative."""
     known = torch.tensor([label in types for label in labels])
     truth = torch.tensor([types.index(label) for label in labels if label in types], dtype=torch.long)
@@ -117,6 +121,7 @@ def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> Fig
         confusion=confusion,
         chosen=[(at, share(right[top >= at]), share(top >= at)) for at in CHOSEN],
         rejected=[(at, share(target[strengths <= at] == 0), share(strengths[target == 1] <= at)) for at in REJECTED],
+        highest=strengths if highest is None else highest,
     )
 
 

@@ -108,6 +108,8 @@ class Judge:
         score = torch.stack(rows) if rows else torch.zeros(0, len(self.types))
         return torch.sigmoid(score * t["slope"] + t["bias"])
 
+    highest = strengths  # of its opinions there is but one
+
     def save(self, folder: str | Path) -> None:
         """Write judge.safetensors and judge.json."""
         from safetensors.torch import save

@@ -127,6 +127,12 @@ class Scorer:
         by_ngrams = self.by_ngrams(questions)
         return by_ngrams if self.lm is None else (by_ngrams * self.by_probe(questions)).sqrt()
 
+    def highest(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
+        """(N, T) in 0..1: the higher opinion, since what is surely not of a type is not so by all who were asked."""
+        if self.lm is None or not questions:
+            return self.strengths(contexts, questions)
+        return torch.maximum(self.by_ngrams(questions), self.by_probe(questions))
+
     # --- reward -----------------------------------------------------------------------------------------------------
 
     def evidence(self, contexts: list[str], questions: list[str]) -> torch.Tensor:

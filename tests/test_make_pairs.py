@@ -142,18 +142,21 @@ def test_pairs_that_can_be_turned_round():
         types, lm = TYPES, None
 
         def strengths(self, contexts, questions):
-            return torch.tensor([[0.1, 0.8, 0.1], [0.1, 0.39, 0.1], [0.1, 0.8, 0.1], [0.7, 0.1, 0.1], [0.1, 0.8, 0.1]])
+            graded = [[0.1, 0.8, 0.1], [0.1, 0.39, 0.1], [0.1, 0.8, 0.1], [0.7, 0.1, 0.1], [0.1, 0.8, 0.1]]
+            return torch.tensor([*graded, [0.1, 0.8, 0.1]])
 
-    jobs = jobs_of(5)
+    jobs = jobs_of(6)
     for job in jobs:
         job.type, job.rejected, job.label = "Analogy", f"Clear {job.index}?", "Analogy"
     jobs[4].label = TYPES[1]  # a person called the chosen question what the mirrored pair would ask for
 
-    class Graded:  # the chosen questions, out of fold: the third is also of the other type
+    class Graded:  # the chosen questions, out of fold: the third is also of the other type, to one the sixth is
         types = TYPES
         strengths = torch.tensor(
-            [[0.9, 0.05, 0.1], [0.9, 0.05, 0.1], [0.9, 0.3, 0.1], [0.9, 0.1, 0.1], [0.9, 0.05, 0.1]]
+            [[0.9, 0.05, 0.1], [0.9, 0.05, 0.1], [0.9, 0.3, 0.1], [0.9, 0.1, 0.1], [0.9, 0.05, 0.1], [0.9, 0.05, 0.1]]
         )
+        highest = strengths.clone()
+        highest[5, 1] = 0.5
 
     args = make_pairs.parse_arguments(["--writer", "local", "--mirror"])
     turned = make_pairs.mirrored(jobs, FixedScorer(), Graded, args)

@@ -438,6 +438,9 @@ def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
     contexts, questions = [r.context for r in rows], [r.question for r in rows]
     expected = (deep.by_ngrams(questions) * deep.by_probe(questions)).sqrt()
     assert torch.allclose(deep.strengths(contexts, questions), expected)
+    highest = torch.maximum(deep.by_ngrams(questions), deep.by_probe(questions))
+    assert torch.equal(deep.highest(contexts, questions), highest) and (highest >= expected - 1e-6).all()
+    assert deep.highest([], []).shape == (0, len(deep.types))
 
 
 def test_fluency_and_relatedness_by_the_model(deep):
@@ -607,6 +610,8 @@ def test_cross_validation_never_shows_a_text_to_its_own_grader():
 
         def strengths(self, contexts, questions):
             return torch.tensor([[float(" ".join(c.lower().split()) in self.seen)] for c in contexts])
+
+        highest = strengths
 
     rows = ROWS + [r._replace(context=r.context.upper() + "  ") for r in ROWS]  # the same texts, written otherwise
     found = grading.cross_validate(Recorder, rows)
