@@ -120,7 +120,7 @@ def parse_arguments(argv: list[str] | None = None):
         action=argparse.BooleanOptionalAction,
         default=True,
         help="where the rejected question is surely of another type, it is also the chosen one of that type, with the "
-        "chosen one as rejected: who wrote a question then says less about which is preferred",
+        "chosen one as rejected: who wrote a question then says less about which is preferred (default: --mirror)",
     )
     add(
         "--scorer-model",

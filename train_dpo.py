@@ -26,7 +26,9 @@ def parse_arguments():
     parser = cli.Parser(description="DPO: learn to prefer the chosen over the rejected question of each pair.")
     cli.add_model_arguments(parser, model="runs/sft")
     data = parser.add_argument_group("data")
-    data.add_argument("--pairs", default="runs/pairs.jsonl", help="JSON lines with prompt, chosen and rejected")
+    data.add_argument(
+        "--pairs", default="runs/pairs.jsonl", metavar="FILE", help="JSON lines with prompt, chosen and rejected"
+    )
     data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
     data.add_argument(
         "--eval-rows", type=cli.count, default=128, metavar="PAIRS", help="at most so many held-out pairs are evaluated"
@@ -40,7 +42,7 @@ def parse_arguments():
     )
     training.add_argument(
         "--label-smoothing",
-        type=cli.number(float, least=0, below=0.5),
+        type=cli.number(float, least=0, below=0.5, metavar="SHARE"),
         default=0.0,
         help="share of labels taken to be wrong",
     )
@@ -48,7 +50,7 @@ def parse_arguments():
         "--sft-coef", type=cli.not_negative, default=0.0, help="weight of an SFT loss on the chosen question"
     )
     training.add_argument("--epochs", type=cli.count, default=1, help="passes over the pairs")
-    training.add_argument("--steps", type=cli.count, default=None, help="updates in all, instead of --epochs")
+    training.add_argument("--steps", type=cli.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="PAIRS", help="pairs per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
     training.add_argument(

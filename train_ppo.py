@@ -37,7 +37,9 @@ def parse_arguments():
         help='whose contexts are asked about: "sample", "socratiq", a file, a folder',
     )
     data.add_argument("--held-out", type=cli.fraction, default=0.1, help="share of the contexts kept for evaluation")
-    data.add_argument("--scorer", default="runs/scorer", help="folder of the scorer that gives the reward")
+    data.add_argument(
+        "--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward"
+    )
     data.add_argument(
         "--reward",
         default=None,

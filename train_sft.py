@@ -39,7 +39,7 @@ def parse_arguments():
     )
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=cli.count, default=2, help="passes over the rows")
-    training.add_argument("--steps", type=cli.count, default=None, help="updates in all, instead of --epochs")
+    training.add_argument("--steps", type=cli.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="ROWS", help="rows per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
     training.add_argument(

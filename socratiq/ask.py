@@ -60,7 +60,9 @@ def parse_arguments(argv: list[str] | None = None):
         "--seed", type=cli.count_or_none, metavar="N", help="the same questions again; default: new ones"
     )
     model.add_argument("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
-    model.add_argument("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="tail of texts cut")
+    model.add_argument(
+        "--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail"
+    )
     model.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     model.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: what is fast")
     args = parser.parse_args(argv)

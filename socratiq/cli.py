@@ -11,10 +11,14 @@ from socratiq.errors import UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for None, which tells nobody anything."""
+    """Shows defaults, but for None, True and False, which tell nobody anything, and for a number its kind or unit."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        said = action.default is None or isinstance(action.default, bool)
+        return action.help if said else super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,8 +32,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind=float, above=None, least=None, most=None, below=None):
-    """An argument type: a finite number of this kind between bounds, `above` and `below` exclusive."""
+def number(kind=float, above=None, least=None, most=None, below=None, metavar=None):
+    """An argument type: a finite number of this kind between bounds, `above` and `below` exclusive.
+
+    --help shows the `metavar`, by default N for a whole number and X for another one.
+    """
 
     def convert(text: str):
         try:
@@ -47,12 +54,13 @@ def number(kind=float, above=None, least=None, most=None, below=None):
             raise argparse.ArgumentTypeError(f"must be {' and '.join(wrong) or 'finite'}, not {text}")
         return value
 
+    convert.metavar = metavar or ("N" if kind is int else "X")
     return convert
 
 
 positive = number(float, above=0)
 not_negative = number(float, least=0)
-fraction = number(float, least=0, below=1)
+fraction = number(float, least=0, below=1, metavar="SHARE")
 count = number(int, least=1)
 count_or_none = number(int, least=0)
 
@@ -64,10 +72,13 @@ def source(text: str) -> str:
     return text
 
 
+source.metavar = "SOURCE"
+
+
 def add_run_arguments(parser: Parser, out: str) -> None:
     """The arguments that every training stage has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default=out, help="folder for the model, the logs and the checkpoint")
+    group.add_argument("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
     group.add_argument("--seed", type=count_or_none, default=0, help="seed of everything random")
     group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     group.add_argument(

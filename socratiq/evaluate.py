@@ -85,7 +85,9 @@ def parse_arguments(argv: list[str] | None = None):
         "--samples-per-prompt", type=cli.count, default=1, metavar="K", help="questions a text and type"
     )
     asking.add_argument("--max-new-tokens", type=cli.count, default=48, metavar="TOKENS", help="longest question")
-    asking.add_argument("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="tail of texts cut")
+    asking.add_argument(
+        "--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail"
+    )
     asking.add_argument("--temperature", type=cli.positive, default=1.0, help="1 is what the stages were trained for")
     asking.add_argument("--batch-size", type=cli.count, default=96, metavar="PROMPTS", help="prompts at the same time")
     asking.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")

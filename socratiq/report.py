@@ -11,6 +11,7 @@ Everything that comes from data or models is escaped, and the page's content pol
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
@@ -57,10 +58,18 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument("runs", nargs="?", default="runs", help="folder with sft, dpo, ppo, evaluation.json")
     parser.add_argument("--out", metavar="FILE", help="default: report.html in that folder")
     parser.add_argument(
-        "--watch", nargs="?", type=cli.positive, const=10.0, metavar="SECONDS", help="write it anew until Ctrl-C"
+        "--watch", nargs="?", type=seconds, const=10.0, metavar="SECONDS", help="write it anew until Ctrl-C"
     )
     parser.add_argument("--tensorboard", metavar="FOLDER", help="write the curves as TensorBoard events, too")
     return parser.parse_args(argv)
+
+
+def seconds(text: str) -> float:
+    """What --watch takes, or the folder that somebody has put behind it."""
+    try:
+        return cli.positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; the folder comes first, as in: runs --watch") from None
 
 
 # --- what is there --------------------------------------------------------------------------------------------------

@@ -24,11 +24,15 @@ def parse_arguments():
     parser = cli.Parser(prog="python -m socratiq.show", description="Show one real batch of each stage, aligned.")
     parser.add_argument("--stage", default="all", choices=["all", "sft", "dpo", "ppo"], help="which to show")
     parser.add_argument("--model", default="smollm2", help='"smollm2", "tiny", a checkpoint folder, or a Hub id')
-    parser.add_argument("--data", default="sample", help='"sample", "socratiq", a file, a folder, or a Hub id')
-    parser.add_argument("--scorer", default="runs/scorer", help="folder of PPO's scorer; fitted if there is none")
+    parser.add_argument(
+        "--data", default="sample", metavar="SOURCE", help='"sample", "socratiq", a file, a folder, or a Hub id'
+    )
+    parser.add_argument(
+        "--scorer", default="runs/scorer", metavar="FOLDER", help="PPO's scorer; fitted if there is none"
+    )
     parser.add_argument("--max-new-tokens", type=cli.count, default=24, metavar="TOKENS", help="longest PPO sample")
     parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of everything random")
-    parser.add_argument("--width", type=cli.count, default=0, help="columns of the page (default: the terminal's)")
+    parser.add_argument("--width", type=cli.count, metavar="COLUMNS", help="of the page; default: the terminal's")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
     return parser.parse_args()
 
@@ -36,7 +40,7 @@ def parse_arguments():
 class Page:
     """Prints rows of cells that stand under each other, one column a token, wrapped to the width of the page."""
 
-    def __init__(self, width: int, color: str):
+    def __init__(self, width: int | None, color: str):
         self.width = width or min(shutil.get_terminal_size((110, 24)).columns, 160)
         self.color = color == "always" or (color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
 

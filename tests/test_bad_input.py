@@ -625,3 +625,19 @@ def test_a_bad_argument_ends_a_real_process_at_once(script):
     run = subprocess.run([sys.executable, f"{script}.py", "--seed", "-1"], cwd=root, capture_output=True, text=True)
     expected = f"error: argument --seed: must be at least 0, not -1 (see {script}.py --help)\n"
     assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- the help
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["train_sft", "make_pairs", "train_dpo", "train_ppo", "socratiq.ask", "socratiq.evaluate", "socratiq.show"],
+)
+def test_the_help_names_units_and_one_default(module, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).parse_arguments()
+    said = " ".join(capsys.readouterr().out.split())
+    assert not re.search("--[a-z-]+ [A-Z]+_[A-Z_]+", said), "--held-out HELD_OUT tells nobody anything"
+    assert "(default: True)" not in said and not re.search(r"default: [^()]*\) \(default", said)

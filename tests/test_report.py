@@ -151,6 +151,12 @@ def test_a_line_that_is_being_written_is_left_alone(tmp_path):
         report.build(tmp_path)
 
 
+def test_a_folder_behind_watch_is_told_where_it_belongs(capsys):
+    with pytest.raises(SystemExit) as left:
+        report.write(["--watch", "runs"])
+    assert left.value.code == 2 and "the folder comes first, as in: runs --watch" in capsys.readouterr().err
+
+
 def test_numbers_that_cannot_be_drawn_are_left_out(tmp_path):
     rows = [{"step": step, "loss": loss} for step, loss in enumerate([None, 2.0, "x", True, 1e300, 1.0])]
     make_run(tmp_path, "sft", rows)
