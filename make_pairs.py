@@ -51,6 +51,7 @@ from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, dige
 from socratiq.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWriter, RowFailed, fingerprint
 
 GIVE_UP_AFTER = 5  # rows without an answer, one after the other, before the server is believed to be down
+SCORER_MODEL = "smollm2"  # PPO learns to please n-grams alone with questions that fit every text (README)
 WRONG_FINISH = {"refusal": "refused to answer", "content_filter": "stopped by the content filter"}
 
 GATES = {  # parts of the scorer that nearly every genuine question passes, and what it is called when one does not
@@ -124,9 +125,9 @@ def parse_arguments(argv: list[str] | None = None):
     )
     add(
         "--scorer-model",
-        default="none",
         metavar="MODEL",
-        help="language model that a new scorer is fitted with, such as smollm2: a second opinion",
+        help="language model that a new scorer is fitted with: a second opinion, and what keeps PPO from gaming it; "
+        f'"none" is quicker, for a look (default: {SCORER_MODEL})',
     )
 
     add = parser.add_argument_group("who writes the rejected questions").add_argument
@@ -182,7 +183,7 @@ def parse_arguments(argv: list[str] | None = None):
 def share_out(parser, args) -> None:
     """Under torchrun every process makes one part, on a GPU of its own; they need not talk to each other."""
     if not (Path(args.scorer) / "scorer.json").exists():  # all of them would fit and write it at the same time
-        line = fit.command("scorer", args.scorer, args, args.scorer_model)
+        line = fit.command("scorer", args.scorer, args, args.scorer_model or SCORER_MODEL)
         parser.error(f"--scorer {args.scorer}: not there; before torchrun, fit it: {line}")
     args.shard = int(os.environ["RANK"]) + 1, int(os.environ["WORLD_SIZE"])
     if args.device in ("auto", "cuda"):
@@ -615,11 +616,11 @@ def open_scorer(args, rows, held_out: set[str]):
 
     there = (Path(args.scorer) / "scorer.json").exists()
     scorer = Scorer.load(args.scorer) if there else None
-    if there and args.scorer_model not in ("none", scorer.settings.get("model")):
+    if there and args.scorer_model not in (None, "none", scorer.settings.get("model")):
         raise UserError(
             f"--scorer-model {args.scorer_model}: the scorer in {args.scorer} was fitted without it; name another"
         )
-    model = scorer.settings.get("model", "none") if there else args.scorer_model
+    model = scorer.settings.get("model", "none") if there else args.scorer_model or SCORER_MODEL
     if there:
         line = fit.command("scorer", args.scorer, args, model)
         check_unseen(f"--scorer {args.scorer}", scorer.settings.get("texts"), held_out, line)

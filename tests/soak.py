@@ -96,7 +96,7 @@ def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, i
     def start(server, out, concurrency, **how):
         arguments = ["make_pairs.py", "--data", folder / "rows.jsonl", "--scorer", folder / "scorer", "--out", out]
         arguments += ["--base-url", server.url, "--timeout", "1", "--retry-delay", "0.01", "--policy", "runs/sft"]
-        arguments += ["--concurrency", concurrency]
+        arguments += ["--concurrency", concurrency, "--scorer-model", "none"]
         return scripts.start(arguments, cwd=folder, env=environment, **how)
 
     def outputs(out):

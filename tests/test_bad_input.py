@@ -388,6 +388,7 @@ def test_no_pairs(capsys):
 
 SFT = ["train_sft", "--model", "tiny", "--data", "two.jsonl", "--steps", "1"]
 PAIRING = ["make_pairs", "--policy", "tiny", "--writer", "local", "--data", "two.jsonl", "--scorer", "scorer.new"]
+PAIRING += ["--scorer-model", "none"]
 DPO = ["train_dpo", "--model", "tiny", "--pairs", "pairs.jsonl", "--steps", "1"]
 PPO = ["train_ppo", "--model", "tiny", "--data", "two.jsonl", "--steps", "1", "--scorer", "scorer"]
 

@@ -403,7 +403,7 @@ def rows_file(tmp_path_factory) -> Path:
 
 def command(rows_file, out, *more, scorer=None) -> list[str]:
     scorer = scorer or rows_file.parent / "scorer"  # a common one, fitted once
-    return [str(x) for x in ("--data", rows_file, "--scorer", scorer, "--out", out, *more)]
+    return [str(x) for x in ("--data", rows_file, "--scorer", scorer, "--scorer-model", "none", "--out", out, *more)]
 
 
 def environment(key: str | None) -> dict:

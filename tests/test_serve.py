@@ -64,6 +64,7 @@ def make_pairs(folder, address, model, *more):
         )
     )
     arguments = ["--data", rows, "--scorer", folder / "scorer", "--out", folder / "pairs.jsonl", "--base-url", address]
+    arguments += ["--scorer-model", "none"]
     arguments += ["--api-model", model, "--api-max-tokens", "24", "--max-attempts", "2", "--timeout", "300", *more]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
     return subprocess.run(
