@@ -161,9 +161,10 @@ def pair_many(count: int, folder: str) -> dict:
     import openai.resources.chat  # noqa: F401  (loaded at the first request otherwise)
 
     import make_pairs
+    from socratiq.data import load_rows
     from socratiq.scorer import Scorer
 
-    Scorer.fit(list(many_rows(SAMPLE_ROWS))).save(Path(folder) / "scorer")
+    Scorer.fit(load_rows("sample")).save(Path(folder) / "scorer")  # none of the texts that follow, which are numbered
     with answering() as url:
         arguments = ["--data", write_rows(count, folder), "--scorer", f"{folder}/scorer", "--out", f"{folder}/p.jsonl"]
         sys.argv = ["make_pairs.py", *arguments, "--base-url", url, "--concurrency", "64"]
