@@ -47,20 +47,13 @@ from queue import Empty, SimpleQueue
 from socratiq import cli, fit
 from socratiq.errors import Stopped, UserError, bar, main, speaks, warn
 from socratiq.files import atomic_write, to_json
-from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types, words
+from socratiq.gates import GATES, words
+from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types
 from socratiq.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWriter, RowFailed, fingerprint
 
 GIVE_UP_AFTER = 5  # rows without an answer, one after the other, before the server is believed to be down
 SCORER_MODEL = "smollm2"  # PPO learns to please n-grams alone with questions that fit every text (README)
 WRONG_FINISH = {"refusal": "refused to answer", "content_filter": "stopped by the content filter"}
-
-GATES = {  # parts of the scorer that nearly every genuine question passes, and what it is called when one does not
-    "form": "stutters",
-    "originality": "copies the text",
-    "order": "words in no order",
-    "fluency": "not fluent",
-    "relatedness": "not about the text",
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +407,7 @@ def verifier(scorer, rejected_max: float, min_gap: float) -> Callable:
                 attempt["parts"] = {name: round(values[i].item(), 4) for name, values in parts.items()}
                 attempt["score"] = attempt["parts"]["strength"]
                 opinions = [parts[name][i].item() for name in ("strength", "ngrams", "probe") if name in parts]
-                low = [saying for name, saying in GATES.items() if name in parts and parts[name][i] < 0.5]
+                low = [gate.failed for name, gate in GATES.items() if name in parts and parts[name][i] < 0.5]
                 if low:
                     attempt["flaw"] = low[0]
                 else:

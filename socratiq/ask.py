@@ -23,16 +23,9 @@ from pathlib import Path
 
 from socratiq import cli
 from socratiq.errors import UserError, main, warn
+from socratiq.gates import GATES, LOW
 
 LONGEST_FILE = 1_000_000  # bytes; the model reads some 2,000 characters
-LOW = 0.7  # a gate below it is worth a remark
-GATES = {
-    "form": "form",
-    "originality": "originality",
-    "order": "word order",
-    "relatedness": "relatedness to the text",
-    "fluency": "fluency",
-}
 LIVE_LINES = 12  # at most so many questions are shown while they are written
 
 
@@ -174,7 +167,7 @@ def remark(record: dict, type: str) -> str:
     gates = {name: value for name, value in record.get("parts", {}).items() if name in GATES and value < LOW}
     if gates:
         worst = min(gates, key=gates.__getitem__)
-        said.append(f"low {GATES[worst]}, {gates[worst]:.2f}")
+        said.append(f"low {GATES[worst].title}, {gates[worst]:.2f}")
     return f"  ({'; '.join(said)})" if said else ""
 
 

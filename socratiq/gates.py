@@ -21,7 +21,7 @@ def tokens(text: str) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-cased words without punctuation, in order."""
+    """Lower-cased words without punctuation, in order: "Why, don’t they?" -> ["why", "don't", "they"]."""
     return [token for token in tokens(text) if token[0].isalnum()]
 
 
@@ -47,6 +47,22 @@ class Ramp(NamedTuple):
         return cls(lowest - max(median - lowest, 0.25), lowest)  # at least a quarter nat wide, if there are few values
 
 
+class Gate(NamedTuple):
+    """How people are told of a gate."""
+
+    title: str  # what it looks at
+    failed: str  # what is wrong with a question that does not pass
+
+
+GATES = {  # in the order in which the reward multiplies them
+    "form": Gate("form", "stutters"),
+    "originality": Gate("originality", "copies the text"),
+    "order": Gate("word order", "words in no order"),
+    "relatedness": Gate("relatedness to the text", "not about the text"),
+    "fluency": Gate("fluency", "not fluent"),
+}
+LOW = 0.7  # a gate below it is worth a remark to whoever reads the question
+
 STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
@@ -68,14 +84,19 @@ def form(question: str) -> float:
     return STUB(len(said)) * BREVITY(len(said)) * MARKS(marks / len(said)) * distinct
 
 
+def longest_run(said: list[str], text: list[str]) -> int:
+    """Length of the longest run of the words said that stands in the words of a text."""
+    whole, longest = f" {' '.join(text)} ", 0
+    for start in range(len(said)):
+        while start + longest < len(said) and f" {' '.join(said[start : start + longest + 1])} " in whole:
+            longest += 1
+    return longest
+
+
 def originality(prompt: str, question: str) -> float:
     """0 where the question is little more than a piece of the prompt (its text, or the instruction) and a "?"."""
     said = words(question)
-    text = f" {' '.join(words(prompt))} "
-    run = 0  # length of the longest run of question words that stands in the prompt
-    for start in range(len(said)):
-        while start + run < len(said) and f" {' '.join(said[start : start + run + 1])} " in text:
-            run += 1
+    run = longest_run(said, words(prompt))
     return OWN_WORDS(1 - run / len(said)) if run >= 4 else 1.0
 
 

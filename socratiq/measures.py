@@ -5,12 +5,10 @@ case, apostrophes included ("don't" is one word); punctuation does not count.
 """
 
 import math
-import re
 from collections import Counter
 
+from socratiq.gates import longest_run, words
 from socratiq.pairs import flaw
-
-WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 # Words that any English text has: sharing them does not make a question one about this text.
 COMMON = frozenset(
@@ -22,11 +20,6 @@ COMMON = frozenset(
     whether which while who why will with would you your
     """.split()  # noqa: SIM905
 )
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, in order: "Why, don't they?" -> ["why", "don't", "they"]."""
-    return WORD.findall(text.lower().replace("’", "'"))
 
 
 def ngrams(said: list[str], n: int) -> list[tuple[str, ...]]:
@@ -51,12 +44,8 @@ def relatedness(question: str, context: str) -> float:
 
 def copying(question: str, context: str) -> float:
     """Length of the longest run of question words that stands in the text, as a share of the question's words."""
-    said, text = words(question), f" {' '.join(words(context))} "
-    longest = 0
-    for start in range(len(said)):
-        while start + longest < len(said) and f" {' '.join(said[start : start + longest + 1])} " in text:
-            longest += 1
-    return longest / len(said) if said else 0.0
+    said = words(question)
+    return longest_run(said, words(context)) / len(said) if said else 0.0
 
 
 def distinct(questions: list[str], n: int) -> float:

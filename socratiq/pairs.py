@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from socratiq.errors import UserError
 from socratiq.files import lock, read_jsonl, to_json
-from socratiq.gates import MARKUP
+from socratiq.gates import MARKUP, longest_run, words
 from socratiq.taxonomy import TYPES, definition
 
 # A longer text loses its tail in a request to a server: a slip in the data must not cost a fortune.
@@ -95,11 +95,6 @@ def _tidy(line: str) -> str:
     return line
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words, for counting and comparing."""
-    return re.findall(r"\w+(?:['’]\w+)*", text.casefold())
-
-
 def flaw(question: str, context: str, chosen: str = "") -> str:
     """Why this is not a well-formed question of its own about the text; "" if it is.
 
@@ -129,9 +124,7 @@ def flaw(question: str, context: str, chosen: str = "") -> str:
 
 def _copies(said: list[str], text: list[str], share: float) -> bool:
     """Does an unbroken run of at least `share` of the words, and no fewer than 4 of them, stand in the text?"""
-    run = max(4, round(share * len(said)))
-    text_line = f" {' '.join(text)} "
-    return any(f" {' '.join(said[i : i + run])} " in text_line for i in range(len(said) - run + 1))
+    return longest_run(said, text) >= max(4, round(share * len(said)))
 
 
 SYSTEM = (

@@ -26,11 +26,11 @@ import torch
 from socratiq import gates, grading
 from socratiq.errors import UserError
 from socratiq.fluency import Fluency
+from socratiq.gates import GATES
 from socratiq.grading import Figures, contradictions, place, texts_of
 from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 from socratiq.prompts import build_prompt
 
-GATES = ("form", "originality", "order", "relatedness", "fluency")
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
 # Relatedness is sigmoid(a * log-odds + b), in doubt for the question; less so where a language model has looked.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from socratiq.data import clean
 from socratiq.errors import UserError
+from socratiq.gates import GATES, LOW
 from socratiq.taxonomy import definition
 
 PAGE = Path(__file__).parent / "pages" / "ask.html"
@@ -64,6 +65,8 @@ class Server(ThreadingHTTPServer):
             "most": MOST_SAMPLES,
             "temperature": min(2.0, self.args.temperature),
             "longest": LONGEST_TEXT,
+            "gates": {name: gate.title for name, gate in GATES.items()},
+            "low": LOW,
         }
 
 

@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from socratiq import ask, serve
+from socratiq import ask, gates, serve
 from socratiq.errors import UserError
 
 TEXT = "I think that dogs are good."
@@ -287,6 +287,9 @@ def test_the_page_is_whole_and_admits_no_other_script(server):
     assert '"range" min="0" max="2"' in page  # as wide as what --temperature and a request may be
     settings = json.loads(request(server, "GET", "/settings")[2])
     assert [kind["name"] for kind in settings["types"]] == ["Analogy", "Clarity"]
+    # Which gates there are, and which are low, it is told, so that it says what `ask` says.
+    assert settings["gates"]["order"] == "word order" and settings["low"] == gates.LOW
+    assert "word order" not in page and "0.7" not in page
 
 
 def test_questions_come_in_growing_and_then_ranked(server, asker, monkeypatch):
