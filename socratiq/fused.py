@@ -7,6 +7,7 @@ expression in its docstring computes, keeps only its inputs (or less), and fills
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import torch
@@ -17,6 +18,16 @@ from torch.autograd.function import once_differentiable
 # oneDNN compiles a kernel of 0.6 MB for every product of a new size in bfloat16 and keeps it. Rows of all lengths would
 # have it hold hundreds of megabytes within an hour; lengths that are multiples of this soon repeat.
 ROUND = 32
+
+
+def passing(like, dtype=None):
+    """An empty tensor like another, for what is not kept until the backward pass.
+
+    It has a little room behind it. glibc asks for more than a tensor's size, to align it, and so does not find room for
+    one in the place that another of the same size has left: the heap would grow by these places at every layer.
+    """
+    size = like.numel()
+    return like.new_empty(size + 64, dtype=dtype)[:size].view(like.shape)
 
 
 class RowAttention(torch.autograd.Function):
@@ -64,10 +75,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        wide = x.float()
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        y, inverse = rms_norm(x, weight, eps, dtype)
         ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(dtype)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -83,13 +93,49 @@ class RMSNorm(torch.autograd.Function):
         return d_x.to(x.dtype), d_weight, None, None
 
 
+def rms_norm(x, weight, eps, dtype):
+    """(normed, 1 / sqrt(mean(x^2) + eps)) of x (..., H): (..., H) in `dtype` and (..., 1) in float32."""
+    wide = x.float()
+    y = torch.mul(wide, wide, out=passing(wide))
+    inverse = y.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    torch.mul(wide, inverse, out=y).mul_(weight)
+    return y if dtype == y.dtype else passing(x, dtype).copy_(y), inverse
+
+
+class Rotary(torch.autograd.Function):
+    """x cos + rotate(x) sin, where rotate exchanges the halves (a, b) of a head's numbers for (-b, a).
+
+    x (1, N, heads, d), cos and sin (1, N, d), whose two halves are alike -> (1, N, heads, d) in x's precision.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        cos, sin = ctx.saved_tensors
+        return rotate(d_out, cos, -sin), None, None  # back by the same angle
+
+
+def rotate(x, cos, sin):
+    (a, b), out = x.chunk(2, dim=-1), passing(x)
+    cos, sin = (y.chunk(2, dim=-1)[0].unsqueeze(-2) for y in (cos, sin))  # (1, N, 1, d / 2)
+    first, second = out.chunk(2, dim=-1)
+    first.copy_((a * cos).addcmul_(b, sin, value=-1))
+    second.copy_((b * cos).addcmul_(a, sin))
+    return out
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up; silu(gate) is computed again in the backward pass instead of being kept."""
 
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return torch.ops.aten.silu.out(gate, out=passing(gate)).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -133,25 +179,77 @@ def _norm_forward(module, x):
     return RMSNorm.apply(x, module.weight, module.variance_epsilon, dtype)
 
 
-def _mlp_forward(module, x):
-    """The product of silu(gate) and up, which down_proj would keep, is computed again in the backward pass.
-
-    Not in train mode (model.load_policy): --grad-checkpoint, which keeps neither of them, has hooks of its own.
-    """
-    gate, up = module.gate_proj(x), module.up_proj(x)
-    product = SwiGLU.apply(gate, up)
-    if module.training:
-        return module.down_proj(product)
-    place, gate, up = product.data_ptr(), gate.detach(), up.detach()
+@contextlib.contextmanager
+def again(tensor, compute):
+    """Inside, whoever would keep `tensor` for the backward pass gets compute() there: one for all who ask."""
+    place, waiting, made = tensor.data_ptr(), 0, None  # the address is nobody else's while the caller holds `tensor`
 
     def pack(kept):
-        return kept.shape if kept.data_ptr() == place else kept
+        nonlocal waiting
+        if kept.data_ptr() != place:
+            return kept
+        waiting += 1
+        return kept.shape
 
     def unpack(kept):
-        return F.silu(gate).mul_(up).view(kept) if isinstance(kept, torch.Size) else kept
+        nonlocal waiting, made
+        if not isinstance(kept, torch.Size):
+            return kept
+        value = compute() if made is None else made
+        waiting -= 1
+        made = value if waiting > 0 else None
+        return value.view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def _mlp_forward(module, x):
+    """The product of silu(gate) and up, which down_proj would keep, is computed again in the backward pass."""
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    product = SwiGLU.apply(gate, up)
+    if module.training:  # --grad-checkpoint (model.load_policy) keeps nothing, and has hooks of its own
         return module.down_proj(product)
+    gate, up = gate.detach(), up.detach()
+    with again(product, lambda: F.silu(gate).mul_(up)):
+        return module.down_proj(product)
+
+
+def _attention_forward(module, hidden_states, position_embeddings, attend, read=None, **kwargs):
+    """Attention among the tokens (1, N, H), of all of them or of `read` (M,) -> (1, N or M, H)."""
+    heads = *hidden_states.shape[:-1], -1, module.head_dim
+    projections = module.q_proj, module.k_proj, module.v_proj
+    q, k, v = (project(hidden_states).view(heads) for project in projections)  # (1, N, heads, d)
+    if hasattr(module, "q_norm"):  # Qwen3
+        q, k = module.q_norm(q), module.k_norm(k)
+    q, k = (Rotary.apply(y, *position_embeddings) for y in (q, k))
+    mixed = attend(module.layer_idx, *(y.transpose(1, 2) for y in (q, k, v)), module.scaling).flatten(2)
+    return module.o_proj(mixed if read is None else mixed.index_select(1, read)), None
+
+
+def _layer_forward(layer, hidden, read, **kwargs):
+    """A layer that keeps no normed tokens; the last one goes on from its attention with the tokens `read` alone.
+
+    hidden (1, N, H), read (M,) -> (1, N, H), from the last layer (1, M, H).
+    """
+    if layer.training:  # as above
+        hidden = type(layer).forward(layer, hidden, **kwargs)
+        return hidden.index_select(1, read) if layer.last else hidden
+    read = read if layer.last else None
+    attended, _ = _through_norm(layer.input_layernorm, layer.self_attn, hidden, read=read, **kwargs)
+    hidden = attended + (hidden if read is None else hidden.index_select(1, read))
+    return hidden + _through_norm(layer.post_attention_layernorm, layer.mlp, hidden)
+
+
+def _through_norm(norm, module, x, **kwargs):
+    """module(norm(x)); the normed tokens are computed again in the backward pass."""
+    y, x = norm(x), x.detach()
+    dtype = y.dtype
+    with again(y, lambda: rms_norm(x, norm.weight.detach(), norm.variance_epsilon, dtype)[0]):
+        return module(y, **kwargs)
+
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
 def fuse(lm: nn.Module) -> None:
@@ -159,12 +257,11 @@ def fuse(lm: nn.Module) -> None:
     for module in lm.modules():
         if type(module) is nn.Linear:
             module.forward = types.MethodType(_linear_forward, module)
+    parts = {"RMSNorm": _norm_forward, "Attention": _attention_forward, "DecoderLayer": _layer_forward}
+    if getattr(lm.config, "hidden_act", None) == "silu":
+        parts["MLP"] = _mlp_forward
+    by_class = {family + part: forward for family in FAMILIES for part, forward in parts.items()}
     for module in lm.model.layers.modules():
-        name = type(module).__name__
-        if name in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
-            module.forward = types.MethodType(_norm_forward, module)
-        elif (
-            name in ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
-            and getattr(lm.config, "hidden_act", None) == "silu"
-        ):
-            module.forward = types.MethodType(_mlp_forward, module)
+        if type(module).__name__ in by_class:
+            module.forward = types.MethodType(by_class[type(module).__name__], module)
+            module.last = module is lm.model.layers[-1]

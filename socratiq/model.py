@@ -82,9 +82,11 @@ class Policy(nn.Module):
         """
         with self.precision():
             trunk = self.lm.model(
-                input_ids=input_ids[None], position_ids=position_ids[None], attend=attend, use_cache=False
+                input_ids=input_ids[None], position_ids=position_ids[None], attend=attend, read=read, use_cache=False
             )
-            hidden = trunk.last_hidden_state[0].index_select(0, read)  # (N, H) -> (M, H)
+            hidden = trunk.last_hidden_state[0]  # (M, H) from a layer of fused.py, which reads, else (N, H)
+            if not getattr(self.lm.model.layers[-1], "last", False):
+                hidden = hidden.index_select(0, read)
             out = {"hidden": hidden}
             if tokens is None:
                 out["logits"] = self.lm.lm_head(hidden)  # (M, V)
@@ -228,6 +230,9 @@ def load_policy(
     # Both want train mode, which changes no number, dropout being off: layers look at it before they checkpoint, and in
     # eval mode bitsandbytes may repack a weight for inference, after which it passes no gradient.
     lm.train(grad_checkpoint or load_in_4bit)
+    if full and distributed.world() == 1 and lm.lm_head.weight is lm.model.embed_tokens.weight:
+        # The embedding's few rows of gradient are added to the head's, instead of a whole matrix of zeros around them.
+        lm.model.embed_tokens.sparse = True
     torch.manual_seed(seed)
     if not trainable:
         lm.requires_grad_(False)

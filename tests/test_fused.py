@@ -1,12 +1,14 @@
 """Gradients written by hand (fused.py, lora.py, short rows in batch.py) against autograd on the plain expression."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small import small_lm
 
 from socratiq import fused, lora
-from socratiq.batch import attend, common_start, make_batch
+from socratiq.batch import RowAttention, attend, common_start, make_batch
 from socratiq.lora import AddLowRank
 from socratiq.packed import packed
 
@@ -48,6 +50,17 @@ def test_rms_norm():
         return weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
 
     compare(lambda x, w: fused.RMSNorm.apply(x, w, 1e-5, x.dtype), plain, (numbers(2, 5, 16), numbers(16)))
+
+
+def test_rotary_embedding():
+    angles = numbers(1, 5, 4).detach()
+    cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))
+
+    def plain(x):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(2) + torch.cat([-b, a], dim=-1) * sin.unsqueeze(2)
+
+    compare(lambda x: fused.Rotary.apply(x, cos, sin), plain, (numbers(1, 5, 3, 8),))
 
 
 def test_swiglu():
@@ -95,7 +108,8 @@ def test_every_linear_layer_norm_and_mlp_is_taken_over():
     lm = small_lm()
     fused.fuse(lm)
     taken = [type(module).__name__ for module in lm.modules() if "forward" in vars(module)]
-    assert sorted(taken) == ["Linear"] * 15 + ["LlamaMLP"] * 2 + ["LlamaRMSNorm"] * 4
+    layers = ["LlamaAttention", "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "LlamaRMSNorm"] * 2
+    assert sorted(taken) == sorted(["Linear"] * 15 + layers)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -129,6 +143,48 @@ def test_an_mlp_computes_its_product_again_to_the_same_gradients(autocast, rank)
     close = 5e-2 if autocast else 1e-5
     for mine, plain in zip(*gradients[::-1], strict=True):
         torch.testing.assert_close(mine, plain, rtol=close, atol=close * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_fused_layers_have_the_same_values_and_gradients_and_end_at_the_tokens_read(autocast, training, rank):
+    read, results = torch.tensor([3, 4, 4, 8]), []
+    for fuse in (False, True):
+        lm = small_lm().train(training)
+        if rank:
+            lora.add_lora(lm, rank)
+            for _, adapter in lora.adapters(lm):
+                torch.nn.init.normal_(adapter.lora_B, std=0.3)
+        if fuse:
+            fused.fuse(lm)
+        ids, attend = torch.arange(9)[None], RowAttention([9], [None])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            trunk = lm.model(input_ids=ids, position_ids=ids, attend=attend, read=read, use_cache=False)
+        hidden = trunk.last_hidden_state if fuse else trunk.last_hidden_state.index_select(1, read)
+        hidden.float().square().mul(numbers(1, 4, 32).detach()).sum().backward()
+        results.append([hidden, *[parameter.grad for parameter in lm.model.parameters() if parameter.requires_grad]])
+    close = 5e-2 if autocast else 1e-5
+    for mine, plain in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(mine.float(), plain.float(), rtol=close, atol=close * plain.abs().max().item())
+
+
+def test_what_is_computed_again_is_computed_once_for_all_who_ask_and_is_not_kept():
+    calls, (x, a, b) = [], (numbers(3, 4), numbers(4, 2), numbers(4, 5))
+
+    def compute():
+        calls.append(1)
+        return x.detach() * 2
+
+    y = x * 2
+    with fused.again(y, compute):
+        loss = (y @ a).sum() + (y.square().sum(-1, keepdim=True) @ b[:1]).sum()
+    kept = weakref.ref(y.untyped_storage())
+    del y
+    assert kept() is None and not calls
+    loss.backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(a.grad, (2 * x.detach()).sum(0)[:, None].expand(4, 2))
 
 
 @pytest.mark.parametrize("autocast", [False, True])
