@@ -55,7 +55,7 @@ def work_of(model: str, case: dict):
     if case["stage"] == "sampling":
         size = {**size, "rows": 4 * size["rows"]}
     short = size["prompt"] + samples * size["completion"] <= 512
-    return Work(**case, **size, samples=samples, keeps_attention=short, packs_weights=True)
+    return Work(**case, **size, samples=samples, copies_rows=short, packs_weights=True)
 
 
 def resident(field: str) -> float:

@@ -27,7 +27,7 @@ from torch.nn.attention.bias import causal_lower_right
 from socratiq import fused
 
 FILLED = 512  # batches of more tokens are filled up to a multiple of fused.ROUND, so that sizes repeat
-SHORT = 512  # keys of a row up to which the CPU keeps attention weights instead of computing them twice
+SHORT = 512  # keys of a row up to which the CPU's attention is that of fused.py
 
 
 class Batch(NamedTuple):
@@ -81,8 +81,6 @@ def attend(q, k, v, mask, scale: float) -> torch.Tensor:
     """
     asking, asked = q.shape[2], k.shape[2]
     if q.device.type == "cpu" and asked <= SHORT:
-        if mask is None:
-            mask = torch.full((asking, asked), float("-inf"), dtype=q.dtype).triu_(asked - asking + 1)
         return fused.RowAttention.apply(q, k, v, mask, scale)
     mask = causal_lower_right(asking, asked) if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)

@@ -31,31 +31,38 @@ def passing(like, dtype=None):
 
 
 class RowAttention(torch.autograd.Function):
-    """softmax(scale q k^T + mask) v, for rows short enough for the weights (heads, Lq, Lk) to be kept.
+    """softmax(scale q k^T + mask) v, for rows short enough for the weights (heads, Lq, Lk) to exist at once.
 
-    q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d), mask (Lq, Lk) -> (1, heads, Lq, d). The heads that share a key
-    head are stacked into one matrix. In bfloat16 more than twice as fast as the CPU kernel of
-    scaled_dot_product_attention, which is made for long rows and computes the weights anew in the backward pass.
+    q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d), mask (Lq, Lk) or None for a causal row -> (1, heads, Lq, d). The
+    heads that share a key head are stacked into one matrix. In bfloat16 about twice as fast as the CPU kernel of
+    scaled_dot_product_attention, which is made for long rows. The weights are not kept: one product more in the
+    backward pass costs less than their memory.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
-        ctx.asking, ctx.asked, ctx.scale = q.shape[2], k.shape[2], scale
+        ctx.asking, ctx.asked, ctx.scale, ctx.mask = q.shape[2], k.shape[2], scale, mask
         fill = ctx.fill = -q.shape[2] % ROUND  # tokens at the end, which no other sees
         q, k, v = (F.pad(x[0], (0, 0, 0, fill)) for x in (q, k, v))
-        mask = F.pad(F.pad(mask.to(q.dtype), (0, fill), value=float("-inf")), (0, 0, 0, fill))
-        groups = k.shape[0], q.shape[0] // k.shape[0], *q.shape[1:]  # (kv_heads, heads per key head, Lq, d)
-        q_ = (q * scale).reshape(groups[0], -1, groups[3])  # (kv_heads, grouped * Lq, d)
+        q_ = (q * scale).reshape(k.shape[0], -1, q.shape[-1])  # (kv_heads, heads per key head * Lq, d)
+        ctx.save_for_backward(q_, k, v)
+        return torch.bmm(RowAttention.weights(ctx, q_, k), v).view(q.shape)[None, :, : ctx.asking]
+
+    @staticmethod
+    def weights(ctx, q_, k):
+        mask = ctx.mask
+        if mask is None:
+            mask = q_.new_full((ctx.asking, ctx.asked), float("-inf")).triu_(ctx.asked - ctx.asking + 1)
+        mask = F.pad(F.pad(mask.to(q_.dtype), (0, ctx.fill), value=float("-inf")), (0, 0, 0, ctx.fill))
         scores = torch.bmm(q_, k.mT)  # (kv_heads, grouped * Lq, Lk)
-        scores.view(*groups[:3], -1).add_(mask)
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(q_, k, v, weights)
-        return torch.bmm(weights, v).view(q.shape)[None, :, : ctx.asking]
+        scores.view(-1, *mask.shape).add_(mask)
+        return scores.softmax(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        q_, k, v, weights = ctx.saved_tensors
+        q_, k, v = ctx.saved_tensors
+        weights = RowAttention.weights(ctx, q_, k)
         d_out = F.pad(d_out[0], (0, 0, 0, ctx.fill))
         d_out_ = d_out.reshape(q_.shape)
         d_v = torch.bmm(weights.mT, d_out_)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from socratiq import cli
 from socratiq.errors import UserError, main
 
-ROUND = 32  # the length of a row is filled up to a multiple of it where attention weights are kept (fused.py)
+ROUND = 32  # the length of a short row is filled up to a multiple of it in the CPU's attention (fused.py)
 HEAD_CHUNK = 512  # scored positions whose logits exist at a time (model.py)
 STAGES = ("sft", "dpo", "ppo", "sampling")
 
@@ -82,7 +82,7 @@ class Work(NamedTuple):
     grad_checkpoint: bool = False
     four_bit: bool = False
     rollout: int | None = None  # PPO: prompts sampled at a time; `rows` are those of a minibatch
-    keeps_attention: bool = False  # the CPU keeps the attention weights of short rows
+    copies_rows: bool = False  # the CPU's attention copies keys and values of short rows, and what all share with them
     packs_weights: bool = False  # the CPU of one process samples with a packed copy of the weights (packed.py)
 
 
@@ -148,17 +148,16 @@ def layer_activations(shape: Shape, work: Work) -> float:
     )  # trained embeddings are float32, and so is the sum that runs through the layers
     kept = N * (
         2 * stream * shape.hidden  # the sum, before attention and before the MLP
-        + 2 * e * shape.hidden  # normed, the inputs of query, key, value and of gate, up
+        + 2 * e * shape.hidden * work.grad_checkpoint  # normed, otherwise computed again, like gate times up
         + e * (Q + 2 * S)  # query, key, value
         + e * Q  # output of the attention, the input of the output projection
-        + 2 * e * shape.mlp  # gate and up; their product is computed again
+        + 2 * e * shape.mlp  # gate and up
         + 7 * e * work.rank  # x A^T of every adapter
     )
-    if work.keeps_attention:
+    if work.copies_rows:
         own = work.prompt - work.shared + work.samples * work.completion  # tokens of a row beside the shared ones
         filled = -(-own // ROUND) * ROUND
-        copied = 2 * S * (work.shared + filled - own) + Q * (filled - own)
-        kept += rows * e * (shape.heads * filled * (work.shared + filled) + copied)
+        kept += rows * e * (2 * S * (work.shared + filled - own) + Q * (filled - own))
     return kept
 
 
@@ -181,10 +180,11 @@ def logits(shape: Shape, work: Work) -> float:
 
 
 def in_passing(shape: Shape, work: Work) -> float:
-    """What a layer needs for a moment in its backward pass: gate times up, gradients of all three, and of the sum."""
+    """What a layer needs for a moment in its backward pass: gate times up, gradients of all three, and of the sum, the
+    normed tokens again."""
     N, _, _ = tokens(work)
     e = 2 if work.half else 4
-    return N * (5 * e * shape.mlp + 3 * 4 * shape.hidden)
+    return N * (5 * e * shape.mlp + 3 * 4 * shape.hidden + e * shape.hidden)
 
 
 def forward(shape: Shape, work: Work) -> dict[str, float]:
