@@ -1,7 +1,7 @@
 """Predicted against measured memory: socratiq/memory.py beside the peak of real runs on the CPU.
 
     python bench/memory_check.py                              # the whole table, both models
-    python bench/memory_check.py --model smollm2 --stage sft dpo
+    python bench/memory_check.py --model smollm2 --stage sft dpo --dtype float32
 
 Every line is one process that runs the real script for three updates on rows of equal length. What is measured is the
 resident memory at its peak between loading the model and saving it (VmHWM, set back once the model is loaded), less
@@ -195,6 +195,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--stage", nargs="+", default=None, choices=["sft", "dpo", "ppo", "sampling"])
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        default=["bfloat16", "float32"],
+        choices=["bfloat16", "float32"],
+        help="without instructions for bfloat16 a CPU is a hundred times slower in it",
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
@@ -205,7 +212,8 @@ def main():
     worst = 0.0
     for model in args.model:
         for case in CASES:
-            if args.stage and case["stage"] not in args.stage:
+            precision = "bfloat16" if case["half"] else "float32"
+            if precision not in args.dtype or (args.stage and case["stage"] not in args.stage):
                 continue
             command = [sys.executable, __file__, "--model", model, "--case", json.dumps(case)]
             done = subprocess.run(command, cwd=ROOT, env={**os.environ, **GIVE_BACK}, capture_output=True, text=True)
@@ -221,7 +229,7 @@ def main():
                 model,
                 case["stage"],
                 "-" if case["stage"] == "sampling" else trained,
-                "bfloat16" if case["half"] else "float32",
+                precision,
                 f"{found['total'] / 1e6:.0f}",
                 f"{found['measured'] / 1e6:.0f}",
                 f"{ratio:.2f}",

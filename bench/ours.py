@@ -37,7 +37,7 @@ if work == "ppo":
 
 def update(loss):
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(policy.trainable().values(), 1.0, foreach=True)
+    torch.nn.utils.clip_grad_norm_(policy.trainable().values(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item()
