@@ -139,20 +139,29 @@ def tokens(work: Work) -> tuple[int, int, int]:
     return work.shared + rows * (work.prompt - work.shared) + completions, completions, rows
 
 
-def layer_activations(shape: Shape, work: Work) -> float:
-    """What one layer keeps for its backward pass, and nothing else is needed from it."""
-    N, _, rows = tokens(work)
+def layer_activations(shape: Shape, work: Work, last: bool = False) -> float:
+    """What one layer keeps for its backward pass, and nothing else is needed from it.
+
+    The last one goes on from its attention with the scored tokens alone (fused.py), unless it is computed again.
+    """
+    N, M, rows = tokens(work)
     e, Q, S = 2 if work.half else 4, shape.heads * shape.head_size, shape.key_heads * shape.head_size
     stream = (
         4 if work.rank == 0 else e
     )  # trained embeddings are float32, and so is the sum that runs through the layers
+    normed = e * shape.hidden * work.grad_checkpoint  # otherwise computed again, like gate times up
     kept = N * (
-        2 * stream * shape.hidden  # the sum, before attention and before the MLP
-        + 2 * e * shape.hidden * work.grad_checkpoint  # normed, otherwise computed again, like gate times up
+        stream * shape.hidden  # the sum before attention
+        + normed
         + e * (Q + 2 * S)  # query, key, value
-        + e * Q  # output of the attention, the input of the output projection
+        + 3 * e * work.rank  # x A^T of their adapters
+    )
+    kept += (M if last else N) * (
+        e * Q  # output of the attention, the input of the output projection
+        + stream * shape.hidden  # the sum before the MLP
+        + normed
         + 2 * e * shape.mlp  # gate and up
-        + 7 * e * work.rank  # x A^T of every adapter
+        + 4 * e * work.rank  # x A^T of these adapters
     )
     if work.copies_rows:
         own = work.prompt - work.shared + work.samples * work.completion  # tokens of a row beside the shared ones
@@ -170,7 +179,7 @@ def activations(shape: Shape, work: Work) -> float:
     if work.grad_checkpoint:  # the input of each layer, and the layer that is being computed again
         stream = 4 if work.rank == 0 else e
         return shape.layers * stream * N * shape.hidden + layer_activations(shape, work) + masks
-    return shape.layers * layer_activations(shape, work) + masks
+    return (shape.layers - 1) * layer_activations(shape, work) + layer_activations(shape, work, last=True) + masks
 
 
 def logits(shape: Shape, work: Work) -> float:
