@@ -53,11 +53,12 @@ class RowAttention:
     """Attention inside each row of a batch: causal, and blind to sibling completions.
 
     The first `shared` tokens are the common start of all rows; `lengths` are the rows' own token counts. `masks[b]` is
-    (L, shared + L), 0 where row b may look and -inf where it may not, or None for a plain causal row (K = 1).
+    (L, shared + L), True where row b may look, or None for a plain causal row (K = 1).
     """
 
     def __init__(self, lengths: list[int], masks: list[torch.Tensor | None], shared: int = 0):
         self.lengths, self.masks, self.shared = lengths, masks, shared
+        self.ready: dict = {}  # masks as `attend` wants them: made in the first layer, used in all
 
     def to(self, device) -> RowAttention:
         masks = [None if mask is None else mask.to(device) for mask in self.masks]
@@ -66,23 +67,41 @@ class RowAttention:
     def __call__(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
         (q0, *q_rows), (k0, *k_rows), (v0, *v_rows) = (x.split([self.shared, *self.lengths], dim=2) for x in (q, k, v))
-        outputs = [attend(q0, k0, v0, None, scale)] if self.shared else []
-        for q_row, k_row, v_row, mask in zip(q_rows, k_rows, v_rows, self.masks, strict=True):
+        outputs = [attend(q0, k0, v0, self.mask(None, q0, k0), scale)] if self.shared else []
+        for b, (q_row, k_row, v_row) in enumerate(zip(q_rows, k_rows, v_rows, strict=True)):
             if self.shared:
                 k_row, v_row = torch.cat([k0, k_row], dim=2), torch.cat([v0, v_row], dim=2)
-            outputs.append(attend(q_row, k_row, v_row, mask, scale))  # each (1, heads, L, d)
+            outputs.append(attend(q_row, k_row, v_row, self.mask(b, q_row, k_row), scale))  # each (1, heads, L, d)
         return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, heads, d)
+
+    def mask(self, b: int | None, q, k):
+        """Of row b, or of the common start (None); causal rows of one length have one."""
+        visible = None if b is None else self.masks[b]
+        key = (q.dtype, q.shape[2], k.shape[2]) if visible is None else (q.dtype, b)
+        if key not in self.ready:
+            self.ready[key] = ready_mask(visible, q, k)
+        return self.ready[key]
+
+
+def ready_mask(visible: torch.Tensor | None, q, k):
+    """What `attend` wants to know for these q and k, made of (Lq, Lk), True where q may look, or of None for causal."""
+    if short(q, k):
+        return fused.additive_mask(visible, q, k)
+    return causal_lower_right(q.shape[2], k.shape[2]) if visible is None else visible
+
+
+def short(q, k) -> bool:
+    """Whether the attention of fused.py is the faster one."""
+    return q.device.type == "cpu" and k.shape[2] <= SHORT
 
 
 def attend(q, k, v, mask, scale: float) -> torch.Tensor:
-    """Attention of the last Lq tokens of a row to all its Lk. `mask` (Lq, Lk) is added to the scores; None is causal.
+    """Attention of the last Lq tokens of a row to all its Lk, with the mask that `ready_mask` made for them.
 
     q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d) -> (1, heads, Lq, d).
     """
-    asking, asked = q.shape[2], k.shape[2]
-    if q.device.type == "cpu" and asked <= SHORT:
+    if short(q, k):
         return fused.RowAttention.apply(q, k, v, mask, scale)
-    mask = causal_lower_right(asking, asked) if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
@@ -144,8 +163,7 @@ def common_start(prompts: list[list[int]]) -> int:
 
 
 def sibling_mask(prompt: int, completions: list[int]) -> torch.Tensor:
-    """(L, L) additive mask of one row: causal, and no completion sees another. L = prompt + sum(completions)."""
+    """(L, L) of one row, True where it may look: causal, no completion sees another. L = prompt + sum(completions)."""
     owner = torch.tensor([0] * prompt + [k + 1 for k, length in enumerate(completions) for _ in range(length)])
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
-    visible = causal & ((owner[:, None] == owner[None, :]) | (owner[None, :] == 0))  # own tokens, or the prompt
-    return torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+    return causal & ((owner[:, None] == owner[None, :]) | (owner[None, :] == 0))  # own tokens, or the prompt

@@ -30,6 +30,8 @@ def main(function) -> None:
     bug and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminated)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, which draw them into files as well
     try:
         function()
     except UserError as error:

@@ -33,7 +33,7 @@ def passing(like, dtype=None):
 class RowAttention(torch.autograd.Function):
     """softmax(scale q k^T + mask) v, for rows short enough for the weights (heads, Lq, Lk) to exist at once.
 
-    q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d), mask (Lq, Lk) or None for a causal row -> (1, heads, Lq, d). The
+    q (1, heads, Lq, d), k and v (1, kv_heads, Lk, d), mask from `additive_mask` -> (1, heads, Lq, d). The
     heads that share a key head are stacked into one matrix. In bfloat16 about twice as fast as the CPU kernel of
     scaled_dot_product_attention, which is made for long rows. The weights are not kept: one product more in the
     backward pass costs less than their memory.
@@ -46,14 +46,10 @@ class RowAttention(torch.autograd.Function):
         q, k, v = (F.pad(x[0], (0, 0, 0, fill)) for x in (q, k, v))
         q_ = (q * scale).reshape(k.shape[0], -1, q.shape[-1])  # (kv_heads, heads per key head * Lq, d)
         ctx.save_for_backward(q_, k, v)
-        return torch.bmm(RowAttention.weights(ctx, q_, k), v).view(q.shape)[None, :, : ctx.asking]
+        return torch.bmm(RowAttention.weights(ctx.mask, q_, k), v).view(q.shape)[None, :, : ctx.asking]
 
     @staticmethod
-    def weights(ctx, q_, k):
-        mask = ctx.mask
-        if mask is None:
-            mask = q_.new_full((ctx.asking, ctx.asked), float("-inf")).triu_(ctx.asked - ctx.asking + 1)
-        mask = F.pad(F.pad(mask.to(q_.dtype), (0, ctx.fill), value=float("-inf")), (0, 0, 0, ctx.fill))
+    def weights(mask, q_, k):
         scores = torch.bmm(q_, k.mT)  # (kv_heads, grouped * Lq, Lk)
         scores.view(-1, *mask.shape).add_(mask)
         return scores.softmax(-1)
@@ -62,7 +58,7 @@ class RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         q_, k, v = ctx.saved_tensors
-        weights = RowAttention.weights(ctx, q_, k)
+        weights = RowAttention.weights(ctx.mask, q_, k)
         d_out = F.pad(d_out[0], (0, 0, 0, ctx.fill))
         d_out_ = d_out.reshape(q_.shape)
         d_v = torch.bmm(weights.mT, d_out_)
@@ -71,6 +67,15 @@ class RowAttention(torch.autograd.Function):
         d_q = torch.bmm(d_scores, k).mul_(ctx.scale).view(d_out.shape)
         d_k = torch.bmm(d_scores.mT, q_)
         return d_q[None, :, : ctx.asking], d_k[None, :, : ctx.asked], d_v[None, :, : ctx.asked], None, None
+
+
+def additive_mask(visible, q, k):
+    """0 where q may look, by `visible` (Lq, Lk) or, None, causally; -inf elsewhere; for rows that are filled up."""
+    asking, asked, fill = q.shape[2], k.shape[2], -q.shape[2] % ROUND
+    if visible is None:
+        visible = torch.ones(asking, asked, dtype=torch.bool, device=q.device).tril_(asked - asking)
+    visible = F.pad(F.pad(visible, (0, fill), value=False), (0, 0, 0, fill), value=True)
+    return q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
 
 
 class RMSNorm(torch.autograd.Function):

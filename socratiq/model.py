@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -80,6 +81,9 @@ class Policy(nn.Module):
         (M,) float32 if there is a value head, and either "logits" (M, V) or, given the tokens, their "logprobs" (M,)
         and, to `watch`, the "entropy" (M,) of each distribution, without gradients.
         """
+        count = len(read)
+        if tokens is not None:  # the end of the last layer and the head run on these: sizes that repeat (fused.ROUND)
+            read, tokens = (F.pad(x, (0, -count % fused.ROUND)) for x in (read, tokens))
         with self.precision():
             trunk = self.lm.model(
                 input_ids=input_ids[None], position_ids=position_ids[None], attend=attend, read=read, use_cache=False
@@ -94,7 +98,7 @@ class Policy(nn.Module):
                 out["logprobs"], out["entropy"] = self._score(hidden, tokens, temperature, watch)
         if self.value_head is not None:
             out["values"] = self.value_head(hidden.float()).squeeze(-1)  # (M,)
-        return out
+        return {name: None if x is None else x[:count] for name, x in out.items()}
 
     def _score(self, hidden, tokens, temperature, watch):
         """Log-probs and entropies chunk by chunk; logits of a chunk are recomputed in backward, never all kept."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from small import small_lm
 
 from socratiq import fused, lora
-from socratiq.batch import RowAttention, attend, common_start, make_batch
+from socratiq.batch import RowAttention, attend, common_start, make_batch, ready_mask
 from socratiq.lora import AddLowRank
 from socratiq.packed import packed
 
@@ -35,14 +35,14 @@ def test_attention_of_a_short_row(asking, asked):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
 
     inputs = numbers(1, 6, asking, 8), numbers(1, 2, asked, 8), numbers(1, 2, asked, 8)
-    compare(lambda q, k, v: attend(q, k, v, None, 0.3), plain, inputs)
+    compare(lambda q, k, v: attend(q, k, v, ready_mask(None, q, k), 0.3), plain, inputs)
 
 
 def test_attention_of_a_long_row_is_that_of_a_short_one(monkeypatch):
-    inputs = numbers(1, 6, 5, 8), numbers(1, 2, 9, 8), numbers(1, 2, 9, 8)
-    short = attend(*inputs, None, 0.3)
+    q, k, v = numbers(1, 6, 5, 8), numbers(1, 2, 9, 8), numbers(1, 2, 9, 8)
+    short = attend(q, k, v, ready_mask(None, q, k), 0.3)
     monkeypatch.setattr("socratiq.batch.SHORT", 0)
-    torch.testing.assert_close(attend(*inputs, None, 0.3), short, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend(q, k, v, ready_mask(None, q, k), 0.3), short, rtol=1e-5, atol=1e-5)
 
 
 def test_rms_norm():
