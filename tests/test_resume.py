@@ -104,6 +104,20 @@ def test_the_best_weights_need_not_be_the_last(whole):
     assert len(losses) == 3 and losses[0] < losses[-1]
 
 
+def test_the_last_weights_can_be_kept(whole, scripts, inputs, tmp_path):
+    case = "sft full bfloat16 accumulated"
+    best, (status, _, complained) = (
+        whole(case)[0],
+        scripts.run([*command(case, inputs), "--keep", "last"], cwd=tmp_path),
+    )
+    last = contents(tmp_path / "out")
+    assert (status, complained) == (0, "") and last["metrics.jsonl"] == best["metrics.jsonl"]
+    assert last["model.safetensors"] != best["model.safetensors"]
+    losses = [line["eval/loss"] for line in map(json.loads, last["metrics.jsonl"].splitlines()) if "eval/loss" in line]
+    kept = [json.loads(run["summary.json"])["eval/loss kept"] for run in (best, last)]
+    assert kept == pytest.approx([min(losses), losses[-1]])
+
+
 # --- signals
 
 
