@@ -110,12 +110,16 @@ def held(shape: Shape, work: Work) -> dict[str, float]:
         weights = projections * (4 + 8 / 64 + 32 / 64 / 256) / 8 + e * (shape.weights - projections)
     else:
         weights = e * shape.weights
+    # PPO needs the model as it was: adapters are switched off, without them there is a copy
+    reference = 4 * shape.weights if full and work.stage == "ppo" else 0
+    if reference and work.half and work.devices == 1:
+        head = 0 if shape.tied else shape.vocabulary * shape.hidden
+        reference -= 2 * (shape.layers * shape.linear + head)  # these are in bfloat16
     adapters = shape.adapters(work.rank) if work.stage != "sampling" else 0
     trained = shape.weights if full else adapters
     return {
         "weights": weights / work.devices + gathered(shape, work, e, full),
-        # PPO needs the model as it was: adapters are switched off, without them there is a copy
-        "reference": e * shape.weights / work.devices if full and work.stage == "ppo" else 0,
+        "reference": reference / work.devices,
         "adapters": 4 * adapters / work.devices,
         "optimiser": 8 * trained / work.devices if work.stage != "sampling" else 0,  # Adam's two moments
     }

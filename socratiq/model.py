@@ -118,6 +118,10 @@ class Policy(nn.Module):
         """Remember the present weights as the reference: adapters can be switched off, else a copy is needed."""
         if not any(True for _ in lora.adapters(self.lm)):
             self.frozen = copy.deepcopy(self.lm).requires_grad_(False)
+            if self.autocast and distributed.world() == 1:  # which casts them at every pass, to the same numbers
+                for module in self.frozen.modules():
+                    if type(module) is nn.Linear and module.weight is not self.frozen.model.embed_tokens.weight:
+                        module.to(torch.bfloat16)
 
     @contextlib.contextmanager
     def reference(self):

@@ -8,7 +8,7 @@ from small import EOS, small_lm, small_policy, small_rows, stir
 
 from socratiq.batch import make_batch
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
-from socratiq.model import load_policy, token_logprobs
+from socratiq.model import Policy, load_policy, token_logprobs
 from socratiq.sampling import sample
 
 
@@ -196,6 +196,22 @@ def test_initial_kl_is_0(lora_rank):
         reference, _ = scored(policy, prompts, completions)
     for kind in ("k1", "k2", "k3"):
         close(kl_estimate(logprobs, reference, kind, mask), torch.zeros(mask.shape), 1e-6)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_under_autocast_the_kept_copy_is_half_as_large_and_gives_the_same_bits(tied):
+    lm = small_lm()
+    if tied:
+        lm.lm_head.weight = lm.model.embed_tokens.weight
+    policy = Policy(lm, autocast=True)
+    policy.keep_reference()
+    prompts, completions = small_rows(samples=3)
+    logprobs, _ = scored(policy, prompts, completions)
+    with policy.reference():
+        assert torch.equal(scored(policy, prompts, completions)[0], logprobs)
+        assert policy.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+        assert (policy.lm.lm_head.weight.dtype == torch.bfloat16) is not tied
+    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
 
 
 def test_first_ratio_is_1_and_first_policy_loss_is_minus_mean_advantage():
