@@ -178,7 +178,9 @@ def activations(shape: Shape, work: Work) -> float:
     """All that the layers keep between forward and backward."""
     N, _, rows = tokens(work)
     e = 2 if work.half else 4
-    masks = 4 * rows * (work.prompt + work.samples * work.completion) ** 2 if work.samples > 1 else 0  # who sees whom
+    # Who sees whom, a byte each, and what the CPU adds to the scores of short rows.
+    masks = (1 + e * work.copies_rows) * rows * (work.prompt + work.samples * work.completion) ** 2
+    masks *= work.samples > 1  # otherwise rows of one length have one
     masks *= 2 if work.stage == "ppo" else 1  # those of the rollout's last batch are still there
     if work.grad_checkpoint:  # the input of each layer, and the layer that is being computed again
         stream = 4 if work.rank == 0 else e
