@@ -49,7 +49,7 @@ def parse_arguments():
     training.add_argument(
         "--sft-coef", type=cli.not_negative, default=0.0, help="weight of an SFT loss on the chosen question"
     )
-    training.add_argument("--epochs", type=cli.count, default=1, help="passes over the pairs")
+    training.add_argument("--epochs", type=cli.count, default=2, help="passes over the pairs")
     training.add_argument("--steps", type=cli.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="PAIRS", help="pairs per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")

@@ -15,8 +15,8 @@ What differs from the plainest SFT:
  2. Rows are laid end to end, without padding (socratiq/batch.py); inside an update they are sorted by length.
  3. The head runs on question positions only.
  4. Rows labelled "others" are left out.
- 5. The best epoch by held-out loss is saved. --keep last saves the last: its questions may be better though its loss is
-    not (Ouyang et al. 2022, section 3.5: 16 epochs, the loss rises after one; chosen by the reward model).
+ 5. The last epoch is saved, though the loss on held-out rows rises after the first or second: questions go on improving
+    (README; so do Ouyang et al. 2022, section 3.5, with 16 epochs). --keep best saves the one with the lowest loss.
 """
 
 from socratiq import cli, distributed
@@ -39,7 +39,7 @@ def parse_arguments():
         "--eval-rows", type=cli.count, default=128, metavar="ROWS", help="at most so many held-out rows are evaluated"
     )
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=cli.count, default=2, help="passes over the rows")
+    training.add_argument("--epochs", type=cli.count, default=5, help="passes over the rows")
     training.add_argument("--steps", type=cli.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     training.add_argument("--batch-size", type=cli.count, default=8, metavar="ROWS", help="rows per forward pass")
     training.add_argument("--accumulate", type=cli.count, default=1, metavar="N", help="forward passes per update")
@@ -51,9 +51,9 @@ def parse_arguments():
     )
     training.add_argument(
         "--keep",
-        choices=["best", "last"],
-        default="best",
-        help="epoch that is saved: the best by held-out loss, or the last",
+        choices=["last", "best"],
+        default="last",
+        help="epoch that is saved: the last, or the best by held-out loss",
     )
     training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the updates that warm up")
     training.add_argument("--max-grad-norm", type=cli.positive, default=1.0, help="gradients are clipped to this norm")

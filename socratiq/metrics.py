@@ -78,9 +78,11 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             (Curve("loss", "training", "sft"), Curve("eval/loss", "held out", "held")),
             "Cross-entropy per question token, in nats: how surprised the model is by the human question (shaded: "
             "something was learnt, and not all by heart).",
-            "Falls fast for some dozen updates, then slowly. The held-out dots follow at a small distance.",
-            "The held-out dots turn up while training goes on falling: it learns by heart; fewer --epochs. "
-            "Leaps: lower --lr.",
+            "Falls fast for some dozen updates, then slowly. The held-out dots follow for an epoch or two. With few rows "
+            "they then turn up: rows are learnt by heart. The model's own questions may go on improving all the same "
+            "(README), which socratiq.evaluate tells.",
+            "The held-out dots never fall: labels, learning rate. They turn up and the questions get worse, too: fewer "
+            "--epochs, or --keep best. Leaps: lower --lr.",
             near_start("eval/loss", 0.4, 0.95),
             unit="nats per token",
         ),
@@ -88,7 +90,7 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             "Held-out perplexity",
             (Curve("eval/perplexity", "held out", "held"),),
             "exp(held-out loss): among how many equally likely tokens the model is undecided, on average.",
-            "A fraction of what it was before the first update. Human questions keep it well above 1.",
+            "At its lowest a fraction of what it was before the first update. Human questions keep it well above 1.",
             "Unchanged: nothing was learned (learning rate, labels). Near 1: a held-out text was trained on.",
             near_start("eval/perplexity", 0.05, 0.8),
             floor=1,

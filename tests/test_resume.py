@@ -24,7 +24,7 @@ WHILE_AT_WORK = {"checkpoint.safetensors", "best.safetensors", "reference.safete
 
 CASES = {
     "sft": "train_sft.py --epochs 2 --batch-size 5",
-    "sft full bfloat16 accumulated": "train_sft.py --epochs 3 --batch-size 3 --accumulate 2 --lora-rank 0 "
+    "sft full bfloat16 accumulated": "train_sft.py --epochs 3 --batch-size 3 --accumulate 2 --lora-rank 0 --keep best "
     "--dtype bfloat16 --lr 2e-2 --data {inputs}/turned.jsonl",
     "dpo": "train_dpo.py --epochs 2 --batch-size 5 --sft-coef 0.1",
     "dpo bfloat16 accumulated": "train_dpo.py --steps 8 --batch-size 3 --accumulate 2 --dtype bfloat16",
