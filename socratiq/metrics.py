@@ -78,9 +78,9 @@ CHARTS: dict[str, tuple[Chart, ...]] = {
             (Curve("loss", "training", "sft"), Curve("eval/loss", "held out", "held")),
             "Cross-entropy per question token, in nats: how surprised the model is by the human question (shaded: "
             "something was learnt, and not all by heart).",
-            "Falls fast for some dozen updates, then slowly. The held-out dots follow for an epoch or two. With few rows "
-            "they then turn up: rows are learnt by heart. The model's own questions may go on improving all the same "
-            "(README), which socratiq.evaluate tells.",
+            "Falls fast for some dozen updates, then slowly. The held-out dots follow for an epoch or two. With few "
+            "rows they then turn up: rows are learnt by heart. The model's own questions may go on improving all the "
+            "same (README), which socratiq.evaluate tells.",
             "The held-out dots never fall: labels, learning rate. They turn up and the questions get worse, too: fewer "
             "--epochs, or --keep best. Leaps: lower --lr.",
             near_start("eval/loss", 0.4, 0.95),
