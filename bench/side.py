@@ -58,7 +58,7 @@ def matmul_peak(dtype: str) -> float:
 
 def allocator(tuned: bool) -> None:
     """The same setting on both sides: socratiq/allocator.py, applied here to whichever side this is."""
-    os.environ["SOCRATIQ_MALLOC"] = "0"
+    os.environ["SOCRATIQ_MALLOC"] = "1" if tuned else "0"
     if tuned:
         mallopt = ctypes.CDLL(None).mallopt
         assert mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from socratiq import distributed
+from socratiq import allocator, distributed
 from socratiq.batch import RowAttention, common_start
 from socratiq.model import Policy
 from socratiq.packed import packed
@@ -43,7 +43,9 @@ def sample(
     policy.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}")
     # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
     with torch.no_grad(), policy.precision(), packed(policy.lm, len(prompts) * samples_per_prompt):
-        return _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)
+        found = _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)
+    allocator.give_back()  # the packed weights and the cache
+    return found
 
 
 def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds, on_token):
