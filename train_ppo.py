@@ -69,7 +69,7 @@ def parse_arguments():
         "--lr",
         type=cli.positive,
         default=None,
-        help="peak learning rate (3e-4 with adapters, 1e-5 without; a fifth for 8B)",
+        help="peak learning rate (4e-4 with adapters, 1e-5 without; a fifth for 8B)",
     )
     training.add_argument("--warmup", type=cli.fraction, default=0.05, help="share of the iterations that warm up")
     training.add_argument(
@@ -79,7 +79,7 @@ def parse_arguments():
     training.add_argument("--gamma", type=cli.number(float, above=0, most=1), default=1.0, help="discount per token")
     training.add_argument("--lam", type=cli.number(float, least=0, most=1), default=0.95, help="lambda of GAE")
     training.add_argument(
-        "--kl-coef", type=cli.not_negative, default=0.05, help="price of a nat of KL to the reference"
+        "--kl-coef", type=cli.not_negative, default=0.02, help="price of a nat of KL to the reference"
     )
     training.add_argument(
         "--kl-target",
@@ -106,7 +106,7 @@ def parse_arguments():
         parser.error(
             "--kl-horizon: must be above a fifth of the samples of an iteration, or --kl-coef can turn negative"
         )
-    args.lr = args.lr or (3e-4 if args.lora_rank else 1e-5)
+    args.lr = args.lr or (4e-4 if args.lora_rank else 1e-5)
     return args
 
 
