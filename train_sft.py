@@ -130,7 +130,8 @@ def run_stage():
     per_epoch = math.ceil(len(train) / window)
     steps = args.steps or args.epochs * per_epoch
     state = run.load(policy, optimizer)
-    best, kept_loss, first_loss = run.out / "best.safetensors", state.get("kept_loss"), state.get("first_loss")
+    best, best_loss = run.out / "best.safetensors", state.get("best_loss")
+    first_loss, last_loss = state.get("first_loss"), state.get("last_loss")
     if not state and held_out:
         first_loss = evaluate()
         run.log(0, **{"eval/loss": first_loss, "eval/perplexity": training.perplexity(first_loss)})
@@ -156,10 +157,10 @@ def run_stage():
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:  # the end of an epoch
             metrics["eval/loss"] = evaluate()
             metrics["eval/perplexity"] = training.perplexity(metrics["eval/loss"])
-            if args.keep == "last":
-                kept_loss = metrics["eval/loss"]
-            elif metrics["eval/loss"] < (math.inf if kept_loss is None else kept_loss):
-                kept_loss = metrics["eval/loss"]
+            last_loss = metrics["eval/loss"]
+            better = last_loss < (math.inf if best_loss is None else best_loss)
+            best_loss = last_loss if better else best_loss
+            if better and args.keep == "best":
                 weights = distributed.gather({name: x.detach() for name, x in policy.trainable().items()})
                 if distributed.rank() == 0:
                     with replacing(best) as temporary:
@@ -168,7 +169,7 @@ def run_stage():
         run.log_time(step + 1, seconds, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
         run.progress.set_postfix(loss=f"{loss:.3f}")
 
-        state = {"step": step + 1, "kept_loss": kept_loss, "first_loss": first_loss}
+        state = {"step": step + 1, "best_loss": best_loss, "first_loss": first_loss, "last_loss": last_loss}
         if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
             run.save(policy, optimizer, **state)
         run.leave_if_asked(policy, optimizer, **state)
@@ -179,10 +180,12 @@ def run_stage():
         for name, tensor in load_file(best, device=str(policy.device)).items():
             weights[name].data.copy_(distributed.part(tensor, weights[name]))
     save_policy(policy, tokenizer, run.out, args.model)
-    run.finish(steps=steps, **{"eval/loss first": first_loss, "eval/loss kept": kept_loss})
-    fell = (
-        f"held-out loss {first_loss:.3f} -> {kept_loss:.3f} over {steps} updates" if kept_loss else f"{steps} updates"
-    )
+    kept_loss = best_loss if args.keep == "best" else last_loss
+    run.finish(steps=steps, **{"eval/loss first": first_loss, "eval/loss kept": kept_loss, "eval/loss best": best_loss})
+    fell = f"{steps} updates"
+    if kept_loss is not None:
+        lowest = f" ({best_loss:.3f} at its lowest)" if best_loss is not None and best_loss < kept_loss else ""
+        fell = f"held-out loss {first_loss:.3f} -> {kept_loss:.3f}{lowest} over {steps} updates"
     print(f"sft: {fell}, model in {run.out}. Next: python make_pairs.py --policy {run.out}")
 
 

@@ -59,7 +59,7 @@ def cast_adapter(adapter: lora.LoRALinear, dtype: torch.dtype):
     def forward(x):
         y = adapter.base(x)
         if adapter.enabled:
-            y.view(-1, len(B)).addmm_(x.to(dtype).view(-1, A.shape[1]) @ A.T, B.T)
+            y.view(-1, len(B)).addmm_(x.to(dtype).flatten(0, -2) @ A.T, B.T)
         return y
 
     return forward
