@@ -57,7 +57,10 @@ def matmul_peak(dtype: str) -> float:
 
 
 def allocator(tuned: bool) -> None:
-    """The same setting on both sides: socratiq/allocator.py, applied here to whichever side this is."""
+    """The same setting on both sides: socratiq/allocator.py, applied here to whichever side this is.
+
+    What belongs to our sampling, handing pages back at its end, stays on with it.
+    """
     os.environ["SOCRATIQ_MALLOC"] = "1" if tuned else "0"
     if tuned:
         mallopt = ctypes.CDLL(None).mallopt

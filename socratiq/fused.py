@@ -42,7 +42,7 @@ class RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask, scale):
         ctx.asking, ctx.asked, ctx.scale, ctx.mask = q.shape[2], k.shape[2], scale, mask
-        fill = ctx.fill = -q.shape[2] % ROUND  # tokens at the end, which no other sees
+        fill = ctx.fill = len(mask) - q.shape[2]  # tokens at the end, which no other sees
         q, k, v = (F.pad(x[0], (0, 0, 0, fill)) for x in (q, k, v))
         q_ = (q * scale).reshape(k.shape[0], -1, q.shape[-1])  # (kv_heads, heads per key head * Lq, d)
         ctx.save_for_backward(q_, k, v)

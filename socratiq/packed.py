@@ -53,13 +53,11 @@ def pack_linear(linear: nn.Linear, rows: int, dtype: torch.dtype):
 
 
 def cast_adapter(adapter: lora.LoRALinear, dtype: torch.dtype):
-    """The forward of an adapted layer; what LoRALinear casts and scales at every call is cast and scaled here."""
-    A, B = (adapter.lora_A.detach() * adapter.scale).to(dtype), adapter.lora_B.detach().to(dtype)
+    """The forward of an adapted layer; what LoRALinear casts at every call is cast here."""
+    A, B = adapter.lora_A.detach().to(dtype), adapter.lora_B.detach().to(dtype)
 
     def forward(x):
         y = adapter.base(x)
-        if adapter.enabled:
-            y.view(-1, len(B)).addmm_(x.to(dtype).flatten(0, -2) @ A.T, B.T)
-        return y
+        return lora.AddLowRank.apply(y, x, A, B, adapter.scale) if adapter.enabled else y
 
     return forward

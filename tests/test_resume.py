@@ -106,10 +106,8 @@ def test_the_best_weights_need_not_be_the_last(whole):
 
 def test_the_last_weights_can_be_kept(whole, scripts, inputs, tmp_path):
     case = "sft full bfloat16 accumulated"
-    best, (status, _, complained) = (
-        whole(case)[0],
-        scripts.run([*command(case, inputs), "--keep", "last"], cwd=tmp_path),
-    )
+    best = whole(case)[0]
+    status, _, complained = scripts.run([*command(case, inputs), "--keep", "last"], cwd=tmp_path)
     last = contents(tmp_path / "out")
     assert (status, complained) == (0, "") and last["metrics.jsonl"] == best["metrics.jsonl"]
     assert last["model.safetensors"] != best["model.safetensors"]
