@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -31,36 +32,47 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
-        y = self.base(x)
         if not self.enabled:
-            return y
-        return AddLowRank.apply(y, x, self.lora_A, self.lora_B, self.scale)
+            return self.base(x)
+        if type(self.base) is nn.Linear:
+            return AddLowRank.apply(x, None, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
+        return AddLowRank.apply(x, self.base(x), None, None, self.lora_A, self.lora_B, self.scale)
 
 
 class AddLowRank(torch.autograd.Function):
-    """y + scale * (x A^T) B^T, added into y in place and computed in y's precision.
+    """W x + b + scale * B A x, computed in the precision of the frozen W.
 
-    y (..., out), x (..., in), A (r, in), B (out, r) -> (..., out). Keeps x, which the neighbours keep too, and x A^T.
+    x (..., in), weight W (out, in), bias b (out,) or None, A (r, in), B (out, r) -> (..., out). Or, with None for W and
+    b, what another kind of layer made of x, `y` (..., out): the rest is added into it in place. Keeps x, which the
+    neighbours keep too, and A x. In the backward pass, too, the adapter's part is added into the larger one, where
+    autograd would write both and then their sum.
     """
 
     @staticmethod
-    def forward(ctx, y, x, A, B, scale):
+    def forward(ctx, x, y, weight, bias, A, B, scale):
+        if y is None:
+            y = F.linear(x, weight, bias)
+        else:
+            ctx.mark_dirty(y)
         x, A, B = (tensor.to(y.dtype) for tensor in (x, A, B))
         down = (x.flatten(0, -2) @ A.T).mul_(scale)  # (N, r)
         y.view(-1, y.shape[-1]).addmm_(down, B.T)
-        ctx.mark_dirty(y)
-        ctx.save_for_backward(x, A, B, down)
+        ctx.save_for_backward(x, weight, A, B, down)
         ctx.scale = scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y):
-        x, A, B, down = ctx.saved_tensors
+        x, weight, A, B, down = ctx.saved_tensors
         rows = d_y.flatten(0, -2)  # (N, out)
         d_down = (rows @ B).mul_(ctx.scale)  # (N, r)
-        d_x = (d_down @ A).view(x.shape) if ctx.needs_input_grad[1] else None
-        return d_y, d_x, d_down.T @ x.flatten(0, -2), (down.T @ rows).T, None  # rows.T @ down takes longer
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            d_x = d_down @ A if weight is None else (rows @ weight.to(rows.dtype)).addmm_(d_down, A)
+            d_x = d_x.view(x.shape)
+        d_A, d_B = d_down.T @ x.flatten(0, -2), (down.T @ rows).T  # rows.T @ down takes longer
+        return d_x, d_y if weight is None else None, None, None, d_A, d_B, None
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> None:

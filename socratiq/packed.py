@@ -58,6 +58,6 @@ def cast_adapter(adapter: lora.LoRALinear, dtype: torch.dtype):
 
     def forward(x):
         y = adapter.base(x)
-        return lora.AddLowRank.apply(y, x, A, B, adapter.scale) if adapter.enabled else y
+        return lora.AddLowRank.apply(x, y, None, None, A, B, adapter.scale) if adapter.enabled else y
 
     return forward

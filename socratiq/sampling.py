@@ -1,7 +1,7 @@
 """Batched sampling with a key-value cache: each prompt is run once for its K samples, finished samples leave the work.
 
-The cache has two parts. The prompts' keys and values are held once per prompt and shared by its K samples; each sample
-holds only the keys and values of what it wrote itself. Projections, MLP and head run on the living samples alone.
+Keys and values are held once per prompt, for all its K samples, with room behind them for what the samples write, token
+by token; no sample sees what a sibling wrote. No work is done for padding or for samples that have finished.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from socratiq import allocator, distributed
 from socratiq.batch import RowAttention, common_start
@@ -102,79 +103,51 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> to
 
 
 class Cache:
-    """Keys and values of B prompts (once each) and of what their K samples have written."""
+    """Keys and values of B prompts, once each, and behind each what its K samples have written, token by token."""
 
     def __init__(self, lengths: list[int], samples: int, max_new_tokens: int, shared: int = 0):
-        self.lengths, self.samples, self.max_new = lengths, samples, max_new_tokens
+        self.lengths, self.samples, self.room = lengths, samples, samples * max_new_tokens
         self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
-        self.prompt: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B, kv_heads, P, d)
-        self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> keys, values (B*K, kv_heads, T, d)
-        self.group = torch.arange(len(lengths))  # which of the B prompts the cache still holds
-        self.blocked: torch.Tensor | None = None  # (B, 1, 1, P) -inf where a shorter prompt has no token, else 0
-        self.slots: torch.Tensor | None = None  # (N,) where the living samples stand in the B*K grid
-        self.step = 0
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys, values (1, kv_heads, B prompts' room, d)
+        self.masks: list[torch.Tensor] | None = None  # of each prompt (K, room): 0 where a sample may look, else -inf
 
     def prefill(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """Causal attention within each prompt, as in training, keeping keys and values."""
-        longest = max(self.lengths)
+        behind = torch.zeros_like(k[:, :, :1]).expand(-1, -1, self.room, -1)  # not empty: 0 times garbage may be NaN
 
-        def padded(x):  # (1, kv_heads, N, d) -> (B, kv_heads, P, d)
-            out = x.new_zeros(len(self.lengths), x.shape[1], longest, x.shape[3])
-            start, *rows = x[0].split([self.rows.shared, *self.rows.lengths], dim=1)
-            for b, row in enumerate(rows):
-                out[b, :, : self.lengths[b]] = torch.cat([start, row], dim=1)
-            return out
+        def kept(x):  # (1, kv_heads, N, d)
+            start, *rows = x.split([self.rows.shared, *self.rows.lengths], dim=2)
+            return torch.cat([part for row in rows for part in (start, row, behind)], dim=2)
 
-        self.prompt[layer] = padded(k), padded(v)
-        shape = (len(self.lengths) * self.samples, k.shape[1], self.max_new, k.shape[3])
-        self.own[layer] = k.new_empty(shape), v.new_empty(shape)
+        self.layers[layer] = kept(k), kept(v)
+        if self.masks is None and self.samples > 1:
+            own = torch.eye(self.samples, dtype=torch.bool, device=k.device).repeat(1, self.room // self.samples)
+            hidden = k.new_zeros(own.shape).masked_fill_(~own, float("-inf"))
+            self.masks = [F.pad(hidden, (length, 0)) for length in self.lengths]
         return self.rows(layer, q, k, v, scale)
 
     def keep(self, alive: torch.Tensor, step: int) -> None:
-        """Say which samples (indices into B*K) are decoded next; prompts without a living sample leave the cache."""
-        self.step = step
-        if self.blocked is None:
-            lengths = torch.tensor(self.lengths, device=alive.device)
-            past_the_end = torch.arange(max(self.lengths), device=alive.device) >= lengths[:, None, None, None]
-            keys = self.prompt[0][0]
-            self.blocked = keys.new_zeros(past_the_end.shape).masked_fill(past_the_end, float("-inf"))
-            self.group = self.group.to(alive.device)
-        needed = torch.isin(self.group, alive // self.samples)  # (B',)
-        if needed.sum() < 0.8 * len(needed):  # copying has a price, so not for every single prompt
-            prompts = needed.nonzero().squeeze(-1)
-            grid = (prompts[:, None] * self.samples + torch.arange(self.samples, device=alive.device)).flatten()
-            self.prompt = {layer: (k[prompts], v[prompts]) for layer, (k, v) in self.prompt.items()}
-            self.own = {layer: (k[grid], v[grid]) for layer, (k, v) in self.own.items()}
-            self.blocked, self.group = self.blocked[prompts], self.group[prompts]
-        self.slots = torch.searchsorted(self.group, alive // self.samples) * self.samples + alive % self.samples
+        """Say which samples (indices into B*K, in order) are decoded next, and for the how many-eth time."""
+        prompts, counts = (alive // self.samples).unique_consecutive(return_counts=True)
+        self.counts, sizes, self.visible = counts.tolist(), [], []  # living samples of each prompt that has some
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)[:-1] + torch.arange(len(self.lengths)) * self.room
+        lengths, end = torch.tensor(self.lengths), 0
+        for b, mine in zip(prompts.tolist(), alive.split(self.counts), strict=True):
+            start, width = starts[b].item(), self.lengths[b] + (step + 1) * self.samples
+            sizes += [start - end, width]
+            end = start + width
+            self.visible.append(self.masks[b][mine % self.samples, :width] if self.masks else None)
+        self.sizes = [*sizes, int(starts[-1]) + self.lengths[-1] + self.room - end]
+        first = (starts + lengths).to(alive.device)[alive // self.samples]
+        self.slots = first + step * self.samples + alive % self.samples  # (N,) where the new keys and values go
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
-        """One new token for each of N living samples: q (1, heads, N, d) -> (1, N, heads, d).
-
-        Each attends to its prompt and to its own tokens. Scores over both are put side by side for one softmax.
-        """
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[layer], self.own[layer]
-        prompts, kv_heads, width, d = prompt_k.shape
-        length, grouped = self.step + 1, q.shape[1] // kv_heads
-        own_k[self.slots, :, self.step] = k[0].transpose(0, 1)
-        own_v[self.slots, :, self.step] = v[0].transpose(0, 1)
-        own_k, own_v = own_k[:, :, :length].flatten(0, 1), own_v[:, :, :length].flatten(0, 1)  # (B*K*kv_heads, T, d)
-        prompt_k, prompt_v = prompt_k.flatten(0, 1), prompt_v.flatten(0, 1)  # (B*kv_heads, P, d)
-
-        grid = q.new_zeros(prompts * self.samples, *q.shape[1::2])  # (B*K, heads, d), zero where a sample has finished
-        grid[self.slots] = q[0].transpose(0, 1) * scale
-        own_q = grid.view(-1, grouped, d)  # (B*K*kv_heads, grouped, d): heads that share a key head stand together
-
-        def to_shared(x):  # (B*K*kv_heads, grouped, n) -> (B*kv_heads, K*grouped, n): samples of a prompt together
-            x = x.view(prompts, self.samples, kv_heads, grouped, -1)
-            return x.transpose(1, 2).reshape(prompts * kv_heads, self.samples * grouped, -1)
-
-        def to_own(x):  # the way back
-            x = x.view(prompts, kv_heads, self.samples, grouped, -1)
-            return x.transpose(1, 2).reshape(prompts * self.samples * kv_heads, grouped, -1)
-
-        blocked = self.blocked.expand(-1, kv_heads, -1, -1).flatten(0, 1)  # (B*kv_heads, 1, P)
-        scores = torch.cat([torch.baddbmm(blocked, to_shared(own_q), prompt_k.mT), to_shared(own_q @ own_k.mT)], dim=-1)
-        weights = scores.softmax(-1)  # (B*kv_heads, K*grouped, P+T); summed up in float32 whatever the precision
-        mixed = torch.baddbmm(to_own(weights[..., :width] @ prompt_v), to_own(weights[..., width:]), own_v)
-        return mixed.view(-1, kv_heads * grouped, d)[self.slots][None]  # (1, N, heads, d)
+        """One new token for each of N living samples: q (1, heads, N, d) -> (1, N, heads, d)."""
+        keys, values = self.layers[layer]
+        keys[:, :, self.slots], values[:, :, self.slots] = k, v
+        parts = q.split(self.counts, dim=2), *(x.split(self.sizes, dim=2)[1::2] for x in (keys, values)), self.visible
+        out = [  # each (1, heads, K', d)
+            F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=scale, enable_gqa=True)
+            for *qkv, mask in zip(*parts, strict=True)
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2)

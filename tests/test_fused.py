@@ -67,12 +67,23 @@ def test_swiglu():
     compare(fused.SwiGLU.apply, lambda gate, up: F.silu(gate) * up, (numbers(2, 5, 16), numbers(2, 5, 16)))
 
 
-def test_low_rank_addition():
-    def plain(y, x, A, B):
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_adapted_linear_layer(biased):
+    weight, bias = numbers(6, 8).detach(), numbers(6).detach() if biased else None
+
+    def plain(x, A, B):
+        return F.linear(x, weight, bias) + 0.5 * (x @ A.T) @ B.T
+
+    inputs = numbers(1, 5, 8), numbers(3, 8), numbers(6, 3)
+    compare(lambda x, *rest: AddLowRank.apply(x, None, weight, bias, *rest, 0.5), plain, inputs)
+
+
+def test_an_adapter_beside_another_kind_of_layer():
+    def plain(x, y, A, B):
         return y + 0.5 * (x @ A.T) @ B.T
 
-    inputs = numbers(1, 5, 6), numbers(1, 5, 8), numbers(3, 8), numbers(6, 3)
-    compare(lambda y, *rest: AddLowRank.apply(y.clone(), *rest, 0.5), plain, inputs)
+    inputs = numbers(1, 5, 8), numbers(1, 5, 6), numbers(3, 8), numbers(6, 3)
+    compare(lambda x, y, *rest: AddLowRank.apply(x, y.clone(), None, None, *rest, 0.5), plain, inputs)
 
 
 @pytest.mark.parametrize(
