@@ -108,8 +108,9 @@ class Cache:
     def __init__(self, lengths: list[int], samples: int, max_new_tokens: int, shared: int = 0):
         self.lengths, self.samples, self.room = lengths, samples, samples * max_new_tokens
         self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys, values (1, kv_heads, B prompts' room, d)
-        self.masks: list[torch.Tensor] | None = None  # of each prompt (K, room): 0 where a sample may look, else -inf
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys, values (1, kv_heads, sum of below, d)
+        self.sizes = [length + self.room for length in lengths]  # a prompt's part: its tokens, then those of each step
+        self.masks: list[torch.Tensor] | None = None  # of each prompt (K, size): 0 where a sample may look, else -inf
 
     def prefill(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """Causal attention within each prompt, as in training, keeping keys and values."""
@@ -127,25 +128,25 @@ class Cache:
         return self.rows(layer, q, k, v, scale)
 
     def keep(self, alive: torch.Tensor, step: int) -> None:
-        """Say which samples (indices into B*K, in order) are decoded next, and for the how many-eth time."""
-        prompts, counts = (alive // self.samples).unique_consecutive(return_counts=True)
-        self.counts, sizes, self.visible = counts.tolist(), [], []  # living samples of each prompt that has some
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)[:-1] + torch.arange(len(self.lengths)) * self.room
-        lengths, end = torch.tensor(self.lengths), 0
-        for b, mine in zip(prompts.tolist(), alive.split(self.counts), strict=True):
-            start, width = starts[b].item(), self.lengths[b] + (step + 1) * self.samples
-            sizes += [start - end, width]
-            end = start + width
-            self.visible.append(self.masks[b][mine % self.samples, :width] if self.masks else None)
-        self.sizes = [*sizes, int(starts[-1]) + self.lengths[-1] + self.room - end]
-        first = (starts + lengths).to(alive.device)[alive // self.samples]
-        self.slots = first + step * self.samples + alive % self.samples  # (N,) where the new keys and values go
+        """Say which samples (indices into B*K, in order) are decoded next; what is read is their token number `step`."""
+        prompts, living = (alive // self.samples).unique_consecutive(return_counts=True)
+        self.living = living.tolist()  # samples of each prompt that still has some
+        self.cuts, self.visible, first, end = [], [], [], 0
+        for b, mine in zip(prompts.tolist(), alive.split(self.living), strict=True):
+            start, written = sum(self.sizes[:b]), self.lengths[b] + step * self.samples
+            first.append(start + written)
+            self.cuts += [start - end, written + self.samples]  # what is passed over, what is looked at
+            end = start + written + self.samples
+            self.visible.append(self.masks[b][mine % self.samples, : written + self.samples] if self.masks else None)
+        self.cuts.append(sum(self.sizes) - end)
+        first = torch.tensor(first, device=alive.device).repeat_interleave(living)
+        self.slots = first + alive % self.samples  # (N,) where the new keys and values go
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """One new token for each of N living samples: q (1, heads, N, d) -> (1, N, heads, d)."""
         keys, values = self.layers[layer]
         keys[:, :, self.slots], values[:, :, self.slots] = k, v
-        parts = q.split(self.counts, dim=2), *(x.split(self.sizes, dim=2)[1::2] for x in (keys, values)), self.visible
+        parts = q.split(self.living, dim=2), *(x.split(self.cuts, dim=2)[1::2] for x in (keys, values)), self.visible
         out = [  # each (1, heads, K', d)
             F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=scale, enable_gqa=True)
             for *qkv, mask in zip(*parts, strict=True)

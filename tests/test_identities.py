@@ -276,6 +276,23 @@ def test_greedy_decoding_picks_what_the_training_forward_finds_most_likely():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_every_sampled_token_is_the_one_that_its_random_number_asks_for(temperature):
+    """Of four samples a prompt, some of which end long before their siblings, by one forward for one sequence."""
+    policy = small_policy()
+    lm = plain_lm(policy)
+    prompts, _ = small_rows(rows=6)
+    written = sample(policy, prompts, 4, max_new_tokens=12, eos_id=EOS, temperature=temperature, seeds=range(6))
+    assert {len(completion) for row in written for completion in row} > {1, 2, 12}
+    for prompt, row, seed in zip(prompts, written, range(6), strict=True):
+        uniforms = torch.rand(4, 12, generator=torch.Generator().manual_seed(seed))
+        for completion, u in zip(row, uniforms, strict=True):
+            cumulative = one_by_one(lm, prompt, completion, temperature)[0].exp().cumsum(-1)  # (C, V)
+            above, u = of(cumulative, completion), u[: len(completion)]
+            below = above - of(cumulative.diff(dim=-1, prepend=torch.zeros(len(completion), 1)), completion)
+            assert (below - 1e-4 <= u).all() and (u <= above + 1e-4).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_come_from_the_distribution_that_is_trained(temperature):
     """4,000 samples of two tokens: each pair of tokens as often as its log-prob says, to within sampling noise."""
     policy = small_policy()
