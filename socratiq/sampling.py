@@ -128,7 +128,7 @@ class Cache:
         return self.rows(layer, q, k, v, scale)
 
     def keep(self, alive: torch.Tensor, step: int) -> None:
-        """Say which samples (indices into B*K, in order) are decoded next; what is read is their token number `step`."""
+        """Say which samples (indices into B*K, in order) are decoded next, and how many tokens they had before."""
         prompts, living = (alive // self.samples).unique_consecutive(return_counts=True)
         self.living = living.tolist()  # samples of each prompt that still has some
         self.cuts, self.visible, first, end = [], [], [], 0
