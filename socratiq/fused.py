@@ -42,9 +42,9 @@ class RowAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, scale):
         ctx.asking, ctx.asked, ctx.scale, ctx.mask = q.shape[2], k.shape[2], scale, mask
         fill = ctx.fill = len(mask) - q.shape[2]  # tokens at the end, which no other sees
-        q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q * scale, k, v))
-        ctx.save_for_backward(q[0].reshape(k.shape[1], -1, q.shape[3]), k[0], v[0])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0, enable_gqa=True)
+        q, k, v = (F.pad(x[0], (0, 0, 0, fill)) for x in (q, k, v))  # copies, even where nothing is to be filled
+        ctx.save_for_backward(q.mul_(scale).reshape(len(k), -1, q.shape[2]), k, v)
+        out = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=1.0, enable_gqa=True)
         return out[:, :, : ctx.asking]
 
     @staticmethod
