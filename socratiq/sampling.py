@@ -1,12 +1,13 @@
 """Batched sampling with a key-value cache: each prompt is run once for its K samples, finished samples leave the work.
 
 Keys and values are held once per prompt, for all its K samples, with room behind them for what the samples write, token
-by token; no sample sees what a sibling wrote. No work is done for padding or for samples that have finished.
+by token; no sample sees what a sibling wrote. Nothing is run for padding or for samples that have finished.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,8 @@ class Cache:
         self.lengths, self.samples, self.room = lengths, samples, samples * max_new_tokens
         self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # keys, values (1, kv_heads, sum of below, d)
-        self.sizes = [length + self.room for length in lengths]  # a prompt's part: its tokens, then those of each step
-        self.masks: list[torch.Tensor] | None = None  # of each prompt (K, size): 0 where a sample may look, else -inf
+        self.starts = [0, *accumulate(length + self.room for length in lengths)]  # of each prompt's part, and the end
+        self.mask: torch.Tensor | None = None  # (K, longest + room): 0 where a sample may look, -inf at its siblings'
 
     def prefill(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """Causal attention within each prompt, as in training, keeping keys and values."""
@@ -121,26 +122,27 @@ class Cache:
             return torch.cat([part for row in rows for part in (start, row, behind)], dim=2)
 
         self.layers[layer] = kept(k), kept(v)
-        if self.masks is None and self.samples > 1:
+        if self.mask is None and self.samples > 1:
             own = torch.eye(self.samples, dtype=torch.bool, device=k.device).repeat(1, self.room // self.samples)
-            hidden = k.new_zeros(own.shape).masked_fill_(~own, float("-inf"))
-            self.masks = [F.pad(hidden, (length, 0)) for length in self.lengths]
+            self.mask = F.pad(k.new_zeros(own.shape).masked_fill_(~own, float("-inf")), (max(self.lengths), 0))
         return self.rows(layer, q, k, v, scale)
 
     def keep(self, alive: torch.Tensor, step: int) -> None:
         """Say which samples (indices into B*K, in order) are decoded next, and how many tokens they had before."""
         prompts, living = (alive // self.samples).unique_consecutive(return_counts=True)
         self.living = living.tolist()  # samples of each prompt that still has some
-        self.cuts, self.visible, first, end = [], [], [], 0
-        for b, mine in zip(prompts.tolist(), alive.split(self.living), strict=True):
-            start, written = sum(self.sizes[:b]), self.lengths[b] + step * self.samples
-            first.append(start + written)
-            self.cuts += [start - end, written + self.samples]  # what is passed over, what is looked at
-            end = start + written + self.samples
-            self.visible.append(self.masks[b][mine % self.samples, : written + self.samples] if self.masks else None)
-        self.cuts.append(sum(self.sizes) - end)
-        first = torch.tensor(first, device=alive.device).repeat_interleave(living)
-        self.slots = first + alive % self.samples  # (N,) where the new keys and values go
+        longest = max(self.lengths)
+        self.cuts, self.visible, slots, end = [], [], [], 0
+        for b, mine in zip(prompts.tolist(), (alive % self.samples).split(self.living), strict=True):
+            start, length, written = self.starts[b], self.lengths[b], step * self.samples
+            slots.append(start + length + written + mine)
+            self.cuts.append(start - end)  # what is passed over
+            end = start + length + written + self.samples
+            self.cuts.append(end - start)  # what is looked at
+            seen = slice(longest - length, longest + written + self.samples)
+            self.visible.append(None if self.mask is None else self.mask[:, seen][mine])
+        self.cuts.append(self.starts[-1] - end)
+        self.slots = torch.cat(slots)  # (N,) where the new keys and values go
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """One new token for each of N living samples: q (1, heads, N, d) -> (1, N, heads, d)."""
