@@ -85,7 +85,7 @@ def test_kills(case, scripts, inputs, whole, tmp_path):
             job.kill(signal.SIGKILL)
         status, _, complained = job.wait()
         assert status in (0, -signal.SIGKILL), complained
-        if status:
+        if status and not (tmp_path / "out" / "summary.json").exists():  # by the clock it may come when all is done
             kills += 1
             assert (tmp_path / "out" / "checkpoint.safetensors").exists()
             (tmp_path / "out" / ".tmpk1LLed").write_text("what a kill leaves of a file that safetensors was writing")
