@@ -1,8 +1,8 @@
 """What a frozen language model can say about a question: is it fluent, is it about this text, of which type is it?
 
-Two short readings answer all three. Alone, after an empty line:  log p(question)  and the hidden states in the middle
-of the model. After the text:  log p(question | text)  and the same states there. Questions about the same text hang on
-one run of that text.
+Two short readings answer all three. Alone, after an empty line:  log p(question)  and hidden states in the middle of
+the model and late in it. After the text:  log p(question | text)  and the same states there. Questions about the same
+text hang on one run of that text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from socratiq.model import Policy, token_logprobs
 from socratiq.prompts import plain_ids
 
 BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
-DEPTH = 0.5  # where the hidden states are read, as a share of the layers: type is clearest in the middle
+DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
 QUESTION_TOKENS, CONTEXT_TOKENS, FORWARD_TOKENS = 96, 384, 2048  # longer texts are cut; tokens run at once
-REMEMBERED = 5_000  # questions: 40 kB each
+REMEMBERED = 5_000  # questions: 50 kB each
 SENTENCE = "What do you mean by that?"
 
 
@@ -28,14 +28,8 @@ class Reading(NamedTuple):
 
     ids: list[int]  # its n tokens
     logprobs: torch.Tensor  # (n,) of each, given what stands before it
-    hidden: torch.Tensor  # (n, H) hidden states there
-
-    @property
-    def features(self) -> torch.Tensor:
-        """(2 H,): the mean of the hidden states, and the last one."""
-        if not self.ids:
-            return self.hidden.new_zeros(2 * self.hidden.shape[1])
-        return torch.cat([self.hidden.mean(0), self.hidden[-1]])
+    hidden: torch.Tensor  # (n, H) hidden states there, at the first of DEPTHS
+    features: torch.Tensor  # (2 H for each of DEPTHS,): the mean of the hidden states, and the last one
 
 
 class LanguageModel:
@@ -95,11 +89,14 @@ class LanguageModel:
 
         with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            hook = layers[max(0, math.ceil(DEPTH * len(layers)) - 1)].register_forward_hook(keep)
+            most = max(1, len(layers) - 1)  # the last layer runs on scored tokens alone
+            depths = [min(most, math.ceil(depth * len(layers))) for depth in DEPTHS]
+            hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
             try:
                 logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
         shared, logprobs = common_start(prompts), logprobs.float().cpu()
         found, start = [], shared
         for b, row in enumerate(completions):  # end to end: the rest of the prompt, then its completions
@@ -107,7 +104,9 @@ class LanguageModel:
             found.append([])
             for k, ids in enumerate(row):
                 n = len(ids)
-                found[b].append(Reading(ids, logprobs[b, k, :n], seen[0][start : start + n].clone()))
+                states = [layer[start : start + n] for layer in seen]  # (n, H) each
+                features = [x for h in states for x in ((h.mean(0), h[-1]) if n else (h.new_zeros(h.shape[1]),) * 2)]
+                found[b].append(Reading(ids, logprobs[b, k, :n], states[0].clone(), torch.cat(features)))
                 start += n
         return found
 

@@ -28,13 +28,14 @@ from socratiq.errors import UserError
 from socratiq.fluency import Fluency
 from socratiq.gates import GATES
 from socratiq.grading import Figures, contradictions, place, texts_of
-from socratiq.logistic import calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
+from socratiq.logistic import BUCKETS, calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 from socratiq.prompts import build_prompt
 
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
 # Relatedness is sigmoid(a * log-odds + b), in doubt for the question; less so where a language model has looked.
 DOUBT, DOUBT_MODEL = (1.2, 1.9), (1.5, 1.3)
+VERSION = 2  # of what is saved; 2: more buckets for n-grams, the probe at two depths
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
@@ -102,8 +103,8 @@ class Scorer:
         """This scorer with the language model that it was fitted with; None leaves it as it is."""
         if lm is not None:
             known, now = self.settings.get("signature"), lm.signature()
-            if known is None or "joints" not in self.tensors:
-                raise UserError("this scorer was fitted without a language model, or before this version; fit it anew")
+            if known is None:
+                raise UserError("this scorer was fitted without a language model; fit it anew")
             if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
                 raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
             self.lm = lm
@@ -206,14 +207,17 @@ class Scorer:
 
         from socratiq.files import atomic_write
 
-        grams = sorted(self.order.counts)
+        grams, weight = sorted(self.order.counts), self.tensors["weight"]
+        used = weight.any(1).nonzero()[:, 0]  # most buckets are empty
         tensors = {
             **self.tensors,
+            "weight": weight[used],
+            "buckets": used,
             "grams": torch.tensor(grams) - 2**31,
             "counts": torch.tensor([self.order.counts[g] for g in grams]),
         }
-        settings = {"types": self.types, **self.settings, "order": list(self.order.ramp), "words": self.order.total}
-        settings |= {"vocabulary": sorted(self.order.vocabulary)}
+        settings = {"version": VERSION, "types": self.types, **self.settings, "order": list(self.order.ramp)}
+        settings |= {"words": self.order.total, "vocabulary": sorted(self.order.vocabulary)}
         settings |= {"rarest": self.overlap.rarest, "idf": self.overlap.idf}
         atomic_write(
             Path(folder) / "scorer.safetensors",
@@ -230,12 +234,16 @@ class Scorer:
         try:
             tensors = load_file(Path(folder) / "scorer.safetensors")
             read = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
+            if read.pop("version", 1) != VERSION:
+                raise ValueError("fitted by another version of socratiq")
             grams, counts = (tensors.pop("grams").long() + 2**31).tolist(), tensors.pop("counts").tolist()
             counts = dict(zip(grams, counts, strict=True))
             order = gates.WordOrder(read.pop("vocabulary"), counts, read.pop("words"), gates.Ramp(*read.pop("order")))
-            tensors["weight"], tensors["bias"], tensors["related"]  # a KeyError where one is missing
+            weight, used = tensors["weight"], tensors.pop("buckets").long()
+            tensors["weight"] = torch.zeros(BUCKETS, weight.shape[1]).index_copy_(0, used, weight)
+            tensors["bias"], tensors["related"]  # a KeyError where one is missing
             return cls(read.pop("types"), tensors, order, gates.Overlap(read.pop("idf"), read.pop("rarest")), read)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
             ) from None
