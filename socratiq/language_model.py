@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     ids: list[int]  # its n tokens
     logprobs: torch.Tensor  # (n,) of each, given what stands before it
     hidden: torch.Tensor  # (n, H) hidden states there, at the first of DEPTHS
-    features: torch.Tensor  # (2 H for each of DEPTHS,): the mean of the hidden states, and the last one
+    features: torch.Tensor  # (2 H for each of DEPTHS,): the states there, `pooled`
 
 
 class LanguageModel:
@@ -105,10 +105,14 @@ class LanguageModel:
             for k, ids in enumerate(row):
                 n = len(ids)
                 states = [layer[start : start + n] for layer in seen]  # (n, H) each
-                features = [x for h in states for x in ((h.mean(0), h[-1]) if n else (h.new_zeros(h.shape[1]),) * 2)]
-                found[b].append(Reading(ids, logprobs[b, k, :n], states[0].clone(), torch.cat(features)))
+                found[b].append(Reading(ids, logprobs[b, k, :n], states[0].clone(), torch.cat([*map(pooled, states)])))
                 start += n
         return found
+
+
+def pooled(states: torch.Tensor) -> torch.Tensor:
+    """The mean of a question's hidden states (n, H), and the last one: (2 H,). Of no token it is zeros."""
+    return torch.cat([states.mean(0), states[-1]]) if len(states) else states.new_zeros(2 * states.shape[1])
 
 
 def _parts(items: list, size, most: int):

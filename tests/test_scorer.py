@@ -1,5 +1,6 @@
 """The scorer: strengths, calibration, gates, the second layer, files, figures; and the judge beside it."""
 
+import copy
 import json
 import math
 import random
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from socratiq import fit, fluency, gates, grading, logistic
 from socratiq.data import Row, load_rows, split_by_context
@@ -20,8 +22,8 @@ from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
 from socratiq.judge import Judge, judge_split, rows_to_learn_from
 from socratiq.judge import pieces as judge_pieces
-from socratiq.language_model import LanguageModel, Reading
-from socratiq.scorer import Scorer, cross_validate
+from socratiq.language_model import LanguageModel, Reading, pooled
+from socratiq.scorer import VERSION, Scorer, cross_validate
 
 TOPICS = [
     "dogs",
@@ -81,7 +83,7 @@ class FakeModel:
             seen = [[float(cue == w) for cue in cues] + [float(len(v) == n) * len(w) for n in range(1, 9)]
                     for v, w in zip(["", *said], said)]  # noqa: B905  # fmt: skip
             hidden = torch.tensor(seen).reshape(-1, len(cues) + 8)
-            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden))
+            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden, pooled(hidden)))
         return found
 
     def read_given(self, contexts, questions):
@@ -154,7 +156,7 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, scorer):
     assert sorted(file.name for file in (tmp_path / "scorer").iterdir()) == ["scorer.json", "scorer.safetensors"]
 
 
-@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list"])
+@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list", "buckets"])
 def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
     folder = tmp_path / "scorer"
     scorer.save(folder)
@@ -169,10 +171,26 @@ def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
         settings = json.loads((folder / "scorer.json").read_text())
         del settings["vocabulary"]
         (folder / "scorer.json").write_text(json.dumps(settings))
+    elif harm == "buckets":
+        tensors = load_file(folder / "scorer.safetensors")
+        tensors["buckets"] += 2**20
+        save_file(tensors, folder / "scorer.safetensors")
     else:
         (folder / "scorer.json").write_text("[]")
     with pytest.raises(UserError, match="no scorer that can be read"):
         Scorer.load(folder)
+
+
+@pytest.mark.parametrize("version", [None, VERSION - 1, VERSION + 1])
+def test_a_scorer_of_another_version_is_refused(tmp_path, scorer, version):
+    """Its weights belong to other features: it would grade, and wrongly."""
+    scorer.save(tmp_path)
+    settings = json.loads((tmp_path / "scorer.json").read_text())
+    assert settings.pop("version") == VERSION
+    settings |= {} if version is None else {"version": version}
+    (tmp_path / "scorer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"another version of socratiq.*fit one with"):
+        Scorer.load(tmp_path)
 
 
 # --- what rows may look like ----------------------------------------------------------------------------------------
@@ -533,6 +551,34 @@ def test_readings_are_those_of_one_question_at_a_time(tiny):
         apart = LanguageModel(*tiny).read_given([context], [question])[0]
         assert torch.allclose(after.logprobs, apart.logprobs, atol=1e-5)
         assert torch.allclose(after.hidden, apart.hidden, atol=1e-4)
+
+
+def test_states_are_those_of_the_middle_and_of_four_fifths():
+    """On ten layers: after five of them and after eight, as transformers counts them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from socratiq.model import Policy, load_tokenizer
+    from socratiq.prompts import plain_ids
+
+    tokenizer = load_tokenizer("tiny")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=10, initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(copy.deepcopy(config)).eval()
+    lm = LlamaForCausalLM._from_config(config, attn_implementation="socratiq")
+    lm.load_state_dict(plain.state_dict())
+    policy = Policy(lm)
+    policy.keep_reference()
+    text, question = "Bikes are loud.", "Why do you think so?"
+    before, between, asked = (plain_ids(tokenizer, part) for part in (text, "\n\n", question))
+    before += between
+    with torch.no_grad():
+        states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
+    states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
+    (reading,) = LanguageModel(policy, tokenizer).read_given([text], [question])
+    assert torch.allclose(reading.hidden, states[5], atol=1e-4)
+    wanted = torch.cat([states[5].mean(0), states[5][-1], states[8].mean(0), states[8][-1]])
+    assert torch.allclose(reading.features, wanted, atol=1e-4)
 
 
 def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
