@@ -156,7 +156,7 @@ def run_stage():
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     distributed.shard(policy)
-    reward = load_reward(args.reward, args.scorer, args.device, args.dtype)
+    reward = load_reward(args, held_out_contexts)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
     kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
 

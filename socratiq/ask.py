@@ -26,6 +26,7 @@ from socratiq.errors import UserError, main, warn
 from socratiq.gates import GATES, LOW
 
 LONGEST_FILE = 1_000_000  # bytes; the model reads some 2,000 characters
+MOST_SERVED = 8  # questions a type on the page
 LIVE_LINES = 12  # at most so many questions are shown while they are written
 
 
@@ -36,7 +37,10 @@ def parse_arguments(argv: list[str] | None = None):
     parser.add_argument(
         "--type", action="append", metavar="TYPE", help="type of question, any spelling; again for more; default: all"
     )
-    parser.add_argument("--n", type=cli.number(int, least=1, most=64), default=4, help="questions drawn for each type")
+    parser.add_argument(
+        "--n", type=cli.number(int, least=1, most=64), default=4,
+        help=f"questions drawn for each type; at most 64, on the page {MOST_SERVED}",
+    )  # fmt: skip
     parser.add_argument(
         "--show", type=cli.count, metavar="N", help="the best N of them; default: all for one type, else 1"
     )
@@ -67,6 +71,8 @@ def parse_arguments(argv: list[str] | None = None):
             if given is not None and given is not False:
                 named = "a text" if name == "text" else f"--{name}"
                 parser.error(f"--serve and {named}: text and types are given in the browser, which shows all questions")
+        if args.n > MOST_SERVED:
+            parser.error(f"--serve and --n {args.n}: the page asks at most {MOST_SERVED} questions a type")
     return args
 
 

@@ -8,7 +8,9 @@ import sys
 
 import torch
 
+from socratiq import fit
 from socratiq.errors import UserError
+from socratiq.grading import check_unseen
 from socratiq.scorer import Scorer, open_language_model
 
 
@@ -31,11 +33,17 @@ class Reward:
         return rewards, parts
 
 
-def load_reward(name: str | None, scorer_folder: str, device: str = "auto", dtype: str = "auto") -> Reward:
-    """The scorer's reward, or `module:function` found from the folder one is in. Raises UserError if there is none."""
-    scorer = Scorer.load(scorer_folder)
+def load_reward(args, held_out: list[str]) -> Reward:
+    """The reward of --scorer, or `module:function` of --reward, found from the folder one is in.
+
+    Raises UserError if there is none, or if the scorer has learnt from a text that is held out.
+    """
+    scorer, name = Scorer.load(args.scorer), args.reward
     if name is None:
-        scorer.with_language_model(open_language_model(scorer.settings.get("model", "none"), device, dtype))
+        model = scorer.settings.get("model", "none")
+        line = fit.command("scorer", args.scorer, args, model)
+        check_unseen(f"--scorer {args.scorer}", scorer.settings.get("texts"), held_out, line)
+        scorer.with_language_model(open_language_model(model, args.device, args.dtype))
         return Reward(scorer.graded, scorer.types)
     module_name, colon, function_name = name.partition(":")
     if not colon:

@@ -17,6 +17,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from socratiq.ask import MOST_SERVED
 from socratiq.data import clean
 from socratiq.errors import UserError
 from socratiq.gates import GATES, LOW
@@ -25,7 +26,6 @@ from socratiq.taxonomy import definition
 PAGE = Path(__file__).parent / "pages" / "ask.html"
 LONGEST_BODY = 64 * 1024  # bytes of a request
 LONGEST_TEXT = 20_000  # characters
-MOST_SAMPLES = 8  # questions a type
 PATIENCE = 120.0  # seconds a request waits for the one before it
 BEAT = 0.08  # seconds between two looks at the questions in the making
 
@@ -61,8 +61,8 @@ class Server(ThreadingHTTPServer):
             "model": self.asker.model.name,
             "ranked": self.asker.scorer is not None,
             "types": [{"name": name, "definition": definition(name)} for name in self.asker.types],
-            "n": min(MOST_SAMPLES, self.args.n),
-            "most": MOST_SAMPLES,
+            "n": self.args.n,
+            "most": MOST_SERVED,
             "temperature": min(2.0, self.args.temperature),
             "longest": LONGEST_TEXT,
             "gates": {name: gate.title for name, gate in GATES.items()},
@@ -205,8 +205,8 @@ def read_wish(body: bytes, asker) -> dict:
     if not isinstance(types, list) or not all(isinstance(name, str) and name in asker.types for name in types):
         raise Refused(400, "the types must be a list of: " + ", ".join(asker.types))
     n, temperature, seed = said.get("n", 4), said.get("temperature", 0.8), said.get("seed")
-    if type(n) is not int or not 1 <= n <= MOST_SAMPLES:
-        raise Refused(400, f"n must be a whole number from 1 to {MOST_SAMPLES}")
+    if type(n) is not int or not 1 <= n <= MOST_SERVED:
+        raise Refused(400, f"n must be a whole number from 1 to {MOST_SERVED}")
     if type(temperature) not in (int, float) or not 0 <= temperature <= 2:
         raise Refused(400, "the temperature must be a number from 0 to 2")
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**31):

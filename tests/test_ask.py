@@ -184,7 +184,14 @@ def test_the_last_finished_stage_is_asked(tmp_path, monkeypatch, capsys):
     assert ask.find_model(ask.parse_arguments([TEXT, "--model", "smollm2"])) == ("smollm2", "runs/scorer")
 
 
-SERVED = [["--type", "Clarity"], ["--show", "2"], ["--seed", "0"], ["--json"], ["--file", "a"]]  # for the command line
+SERVED = [
+    ["--type", "Clarity"],
+    ["--n", "9"],
+    ["--show", "2"],
+    ["--seed", "0"],
+    ["--json"],
+    ["--file", "a"],
+]  # for the command line
 
 
 @pytest.mark.parametrize(
