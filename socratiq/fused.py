@@ -189,6 +189,9 @@ def _norm_forward(module, x):
 @contextlib.contextmanager
 def again(tensor, compute):
     """Inside, whoever would keep `tensor` for the backward pass gets compute() there: one for all who ask."""
+    if not torch.is_grad_enabled():  # nobody keeps anything
+        yield
+        return
     place, waiting, made = tensor.data_ptr(), 0, None  # the address is nobody else's while the caller holds `tensor`
 
     def pack(kept):

@@ -121,7 +121,7 @@ def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found
     assert {attack.kind for attack in through} <= {"crossed"}
 
 
-BEATEN = pytest.mark.xfail(reason="two of three climbs from a genuine question got through: .90, .97", strict=True)
+BEATEN = pytest.mark.xfail(reason="two of three climbs from a genuine question got through: .91, .98", strict=True)
 
 
 @pytest.mark.slow
