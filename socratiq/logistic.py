@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from socratiq import gates
 
-BUCKETS = 2**18  # 2,535 questions have 63,000 grams: in 2^16 a third met another there, at .003 to .02 of macro-F1
+BUCKETS = 2**18  # 2,535 questions have 63,000 grams: in 2^16 most met another there, at .003 to .02 of macro-F1
 AT_ONCE = 4096  # questions whose grams are in memory together when they are graded
 L2_NGRAMS, L2_PROBE = 3e-4, 2e-5  # by cross-validation on people's labels of five types
 
