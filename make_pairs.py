@@ -603,7 +603,6 @@ def open_scorer(args, rows, held_out: set[str]):
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
-    from socratiq.grading import check_unseen
     from socratiq.judge import rows_to_learn_from
     from socratiq.scorer import Scorer, open_language_model
 
@@ -615,8 +614,7 @@ def open_scorer(args, rows, held_out: set[str]):
         )
     model = scorer.settings.get("model", "none") if there else args.scorer_model or SCORER_MODEL
     if there:
-        line = fit.command("scorer", args.scorer, args, model)
-        check_unseen(f"--scorer {args.scorer}", scorer.settings.get("texts"), held_out, line)
+        fit.check_unseen("scorer", args, scorer.settings.get("texts"), held_out, model)
     lm = open_language_model(model, args.device, args.dtype)
     if not there:
         learn_from = rows_to_learn_from(rows, args.held_out, args.seed)[1]

@@ -187,7 +187,6 @@ def load_classifiers(args, rows, types: list[str], contexts: list[str]) -> dict:
 
     One that is there, from a run with another split perhaps, must not have learnt from a text that is to be graded.
     """
-    from socratiq.grading import check_unseen
     from socratiq.judge import Judge, rows_to_learn_from
     from socratiq.scorer import Scorer
 
@@ -201,7 +200,7 @@ def load_classifiers(args, rows, types: list[str], contexts: list[str]) -> dict:
             found[name] = known = kind.load(folder)
             texts = known.texts if name == "judge" else known.settings.get("texts")
             model = "none" if name == "judge" else known.settings.get("model", "none")
-            check_unseen(f"--{name} {folder}", texts, contexts, fit.command(name, folder, args, model))
+            fit.check_unseen(name, args, texts, contexts, model)
         else:
             found[name] = kind.fit(rows)
             found[name].save(folder)

@@ -6,7 +6,10 @@
 They stand apart from scorer.py and judge.py, so that help and mistyped arguments need not wait for torch.
 """
 
+from collections.abc import Iterable
+
 from socratiq import cli
+from socratiq.errors import UserError, warn
 
 SHOWN = 3  # warnings
 
@@ -15,6 +18,23 @@ def command(name: str, folder: str, args, model: str = "none") -> str:
     """The line that fits the "scorer" or the "judge" on rows of --data, without the texts held out of these."""
     line = f"python -m socratiq.{name} --data {args.data} --held-out {args.held_out} --seed {args.seed} --out {folder}"
     return line + (f" --model {model}" if model != "none" else "")
+
+
+def check_unseen(name: str, args, texts: list[int] | None, held_out: Iterable[str], model: str = "none") -> None:
+    """Raise UserError if a held-out text is among the `texts` (grading.texts_of) of the "scorer" or "judge" of args."""
+    from socratiq.grading import place
+
+    folder = getattr(args, name)
+    if texts is None:
+        warn(f"--{name} {folder} does not say which texts it was fitted on; it may have seen the held-out ones")
+        return
+    held_out = {place(text) for text in held_out}
+    seen = len(held_out.intersection(texts))
+    if seen:
+        raise UserError(
+            f"--{name} {folder} was fitted on {seen} of the {len(held_out)} held-out texts; delete it, or fit it anew: "
+            + command(name, folder, args, model)
+        )
 
 
 def parser_of(name: str, description: str, help: str) -> cli.Parser:
@@ -56,7 +76,7 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     scorer.save(args.out)
     print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
     if not args.held_out:
-        print("it has seen every text: make_pairs.py and evaluate, which hold some out, will refuse it")
+        print("it has seen every text: make_pairs.py, train_ppo.py and evaluate, which hold some out, will refuse it")
 
 
 def fit_judge(argv: list[str] | None = None) -> None:

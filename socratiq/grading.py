@@ -1,12 +1,9 @@
 """Figures of a classifier of question types: accuracy, F1, calibration, confusion, and what a threshold is worth."""
 
 import zlib
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-
-from socratiq.errors import UserError, warn
 
 CHOSEN = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds shown for --chosen-min
 REJECTED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # and for --rejected-max
@@ -52,19 +49,6 @@ def place(context: str) -> int:
 def texts_of(rows) -> list[int]:
     """What a judge or a scorer keeps of the texts that it is fitted on: the place of each, sorted."""
     return sorted({place(r.context) for r in rows})
-
-
-def check_unseen(option: str, texts: list[int] | None, held_out: Iterable[str], mend: str) -> None:
-    """Raise UserError if a held-out text is among the `texts` (of `texts_of`) that a judge or a scorer learnt from."""
-    if texts is None:
-        warn(f"{option} does not say which texts it was fitted on; it may have seen the held-out ones")
-        return
-    held_out = {place(text) for text in held_out}
-    seen = len(held_out.intersection(texts))
-    if seen:
-        raise UserError(
-            f"{option} was fitted on {seen} of the {len(held_out)} held-out texts; delete it, or fit it anew: {mend}"
-        )
 
 
 def contradictions(rows) -> list[str]:

@@ -10,7 +10,6 @@ import torch
 
 from socratiq import fit
 from socratiq.errors import UserError
-from socratiq.grading import check_unseen
 from socratiq.scorer import Scorer, open_language_model
 
 
@@ -41,8 +40,7 @@ def load_reward(args, held_out: list[str]) -> Reward:
     scorer, name = Scorer.load(args.scorer), args.reward
     if name is None:
         model = scorer.settings.get("model", "none")
-        line = fit.command("scorer", args.scorer, args, model)
-        check_unseen(f"--scorer {args.scorer}", scorer.settings.get("texts"), held_out, line)
+        fit.check_unseen("scorer", args, scorer.settings.get("texts"), held_out, model)
         scorer.with_language_model(open_language_model(model, args.device, args.dtype))
         return Reward(scorer.graded, scorer.types)
     module_name, colon, function_name = name.partition(":")
