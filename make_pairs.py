@@ -604,7 +604,8 @@ def open_scorer(args, rows, held_out: set[str]):
     A scorer that was fitted with a language model names it, and is handed it again.
     """
     from socratiq.judge import rows_to_learn_from
-    from socratiq.scorer import Scorer, open_language_model
+    from socratiq.language_model import open_language_model
+    from socratiq.scorer import Scorer
 
     there = (Path(args.scorer) / "scorer.json").exists()
     scorer = Scorer.load(args.scorer) if there else None

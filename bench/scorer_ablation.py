@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from socratiq import attacks
 from socratiq.data import load_rows
 from socratiq.grading import auc, figures, place
-from socratiq.scorer import GATES, Scorer, open_language_model
+from socratiq.language_model import open_language_model
+from socratiq.scorer import EXPONENT, GATES, Scorer
 
 
 def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:
@@ -37,8 +38,14 @@ def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.At
         "another text": attacks.another_text(typed),
         "others": others,
         "degenerate": attacks.degenerate(typed[:broken_texts]),
+        "- with case": [in_sentence_case(a) for a in attacks.degenerate(typed[:broken_texts])],
         "rare word": attacks.rare_word(typed),
     }
+
+
+def in_sentence_case(attack: attacks.Attack) -> attacks.Attack:
+    """As whoever knows of `gates.Sentence` would write it."""
+    return attack._replace(question=attack.question[:1].upper() + attack.question[1:].lower())
 
 
 def main() -> None:
@@ -72,8 +79,8 @@ def main() -> None:
         torch.save((strings, found), args.keep)
 
     print(f"{figures(scorer.types, torch.cat(unseen), labels)}\n")
-    for parts_of in found.values():  # the reward takes the root of the strength
-        parts_of |= {name: parts_of[name].sqrt() for name in ("strength", "ngrams", "probe") if name in parts_of}
+    for parts_of in found.values():  # as the reward counts it
+        parts_of |= {name: parts_of[name] ** EXPONENT for name in ("strength", "ngrams", "probe") if name in parts_of}
     factors = ["strength", *(name for name in GATES if name in found["own"])]
     forms = {"all": factors} | {f"without {f}": [g for g in factors if g != f] for f in factors}
     forms["strength alone"] = ["strength"]

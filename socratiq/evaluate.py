@@ -282,8 +282,8 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq import figures
     from socratiq.bootstrap import resamples
     from socratiq.data import load_rows, split_by_context
+    from socratiq.language_model import open_language_model
     from socratiq.questions import ask_all
-    from socratiq.scorer import open_language_model
     from socratiq.training import generator
 
     rows = load_rows(args.data)

@@ -62,7 +62,8 @@ def fit_scorer(argv: list[str] | None = None) -> None:
 
     from socratiq.data import load_rows
     from socratiq.judge import rows_to_learn_from
-    from socratiq.scorer import Scorer, cross_validate, open_language_model
+    from socratiq.language_model import open_language_model
+    from socratiq.scorer import Scorer, cross_validate
 
     rows = load_rows(args.data)
     lm = open_language_model(args.model, args.device, args.dtype)

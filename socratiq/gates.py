@@ -12,6 +12,8 @@ from collections import Counter
 from typing import NamedTuple
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
+WORD = re.compile(r"[^\W\d_]+")  # letters alone, in the case that they have
+INSIDE = re.compile(r"(?<=[\w,;] )[^\W\d_]+")  # the same behind a word or a comma, where no sentence begins
 ENDINGS = ("ing", "tion", "ed", "ly", "er", "al", "s")
 
 
@@ -57,6 +59,7 @@ class Gate(NamedTuple):
 GATES = {  # in the order in which the reward multiplies them
     "form": Gate("form", "stutters"),
     "originality": Gate("originality", "copies the text"),
+    "sentence": Gate("sentence form", "not written as one sentence"),
     "order": Gate("word order", "words in no order"),
     "relatedness": Gate("relatedness to the text", "not about the text"),
     "fluency": Gate("fluency", "not fluent"),
@@ -100,6 +103,31 @@ def originality(prompt: str, question: str) -> float:
     return OWN_WORDS(1 - run / len(said)) if run >= 4 else 1.0
 
 
+class Sentence:
+    """1 for a question that begins as those of the rows do, and once: "Why work Why not rest?" is two in one line.
+
+    Where nearly all questions of the rows begin with a capital letter, one that does not is worth nothing. Nor is one
+    that has, behind a word or a comma, a capitalised word with which questions begin, unless such words mostly have
+    their capital there (names, I).
+    """
+
+    RARE, SEEN = 0.05, 3  # so few of the rows' questions begin in lower case; so many with the same word
+
+    def __init__(self, openers: list[str], capital: bool):
+        self.openers, self.capital = frozenset(openers), capital
+
+    @classmethod
+    def fit(cls, contexts: list[str], questions: list[str]) -> "Sentence":
+        first = Counter(match.group() for match in map(WORD.match, questions) if match)
+        inside = Counter(word for text in {*contexts, *questions} for word in INSIDE.findall(" ".join(text.split())))
+        openers = [w for w, n in first.items() if n >= cls.SEEN and w[0].isupper() and inside[w.lower()] > inside[w]]
+        return cls(sorted(openers), sum(q[:1].islower() for q in questions) < cls.RARE * len(questions))
+
+    def __call__(self, question: str) -> float:
+        text = " ".join(question.split())
+        return float(not (self.capital and text[:1].islower()) and self.openers.isdisjoint(INSIDE.findall(text)))
+
+
 class WordOrder:
     """How much better a trigram model foresees each word than the word's own frequency does: 0 for shuffled words.
 
@@ -108,7 +136,7 @@ class WordOrder:
     good question shows there.
     """
 
-    VOCABULARY = 300
+    VOCABULARY, LOWEST = 1000, 0.06  # words; share of the rows' questions that are worth less than 1
 
     def __init__(self, vocabulary: list[str], counts: dict[int, int], total: int, ramp: Ramp):
         self.vocabulary = frozenset(vocabulary)
@@ -124,7 +152,9 @@ class WordOrder:
         for text in texts:
             order.counts.update(order.grams(text))
             order.total += len(tokens(text)) + 1  # the end counts as a word
-        order.ramp = Ramp.below([order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1], 0.05)
+        order.ramp = Ramp.below(
+            [order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1], cls.LOWEST
+        )
         return order
 
     def shape(self, token: str) -> str:
@@ -178,3 +208,32 @@ class Overlap:
         return max((x for s, x in asked.items() if s in there), default=0.0), sum(
             x for s, x in asked.items() if s not in there
         )
+
+
+class Fitted(NamedTuple):
+    """The gates that learn from rows: what a scorer keeps of them, and how they are saved."""
+
+    sentence: Sentence
+    order: WordOrder
+    overlap: Overlap
+
+    @classmethod
+    def fit(cls, contexts: list[str], questions: list[str]) -> "Fitted":
+        return cls(Sentence.fit(contexts, questions), WordOrder.fit(contexts, questions), Overlap.fit(contexts))
+
+    def state(self) -> tuple[dict, list[int], list[int]]:
+        """Settings, and the grams of word order with their counts, which `of` takes back."""
+        sentence, order, overlap = self
+        keys = sorted(order.counts)  # of 32 bits without a sign, kept in 32 with one
+        settings = {"openers": sorted(sentence.openers), "capital": sentence.capital, "words": order.total}
+        settings |= {"vocabulary": sorted(order.vocabulary), "order": list(order.ramp)}
+        settings |= {"rarest": overlap.rarest, "idf": overlap.idf}
+        return settings, [key - 2**31 for key in keys], [order.counts[key] for key in keys]
+
+    @classmethod
+    def of(cls, settings: dict, grams: list[int], counts: list[int]) -> "Fitted":
+        """What `state` gave; what is read of the settings is taken out of them."""
+        vocabulary, words, ramp, idf, rarest = map(settings.pop, ("vocabulary", "words", "order", "idf", "rarest"))
+        known = {gram + 2**31: count for gram, count in zip(grams, counts, strict=True)}
+        order = WordOrder(vocabulary, known, words, Ramp(*ramp))
+        return cls(Sentence(settings.pop("openers"), settings.pop("capital")), order, Overlap(idf, rarest))

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 
 from socratiq.batch import common_start, make_batch
-from socratiq.model import Policy, token_logprobs
+from socratiq.model import Policy, load_policy, load_tokenizer, pick_device, token_logprobs
 from socratiq.prompts import plain_ids
 
 BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
 DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
 QUESTION_TOKENS, CONTEXT_TOKENS, FORWARD_TOKENS = 96, 384, 2048  # longer texts are cut; tokens run at once
-REMEMBERED = 5_000  # questions: 50 kB each
+REMEMBERED = 5_000  # questions: 70 kB each
 SENTENCE = "What do you mean by that?"
 
 
@@ -28,8 +28,13 @@ class Reading(NamedTuple):
 
     ids: list[int]  # its n tokens
     logprobs: torch.Tensor  # (n,) of each, given what stands before it
-    hidden: torch.Tensor  # (n, H) hidden states there, at the first of DEPTHS
-    features: torch.Tensor  # (2 H for each of DEPTHS,): the states there, `pooled`
+    hidden: torch.Tensor  # (n, 2 H) hidden states there, at both DEPTHS
+
+    @property
+    def features(self) -> torch.Tensor:
+        """(4 H,) the mean of the states, and the last ones. Of no token it is zeros."""
+        mean = self.hidden.sum(0) / max(1, len(self.ids))
+        return torch.cat([mean, self.hidden[-1] if self.ids else mean])
 
 
 class LanguageModel:
@@ -103,16 +108,10 @@ class LanguageModel:
             start += len(prompts[b]) - shared
             found.append([])
             for k, ids in enumerate(row):
-                n = len(ids)
-                states = [layer[start : start + n] for layer in seen]  # (n, H) each
-                found[b].append(Reading(ids, logprobs[b, k, :n], states[0].clone(), torch.cat([*map(pooled, states)])))
-                start += n
+                states = [layer[start : start + len(ids)] for layer in seen]  # (n, H) each
+                found[b].append(Reading(ids, logprobs[b, k, : len(ids)], torch.cat(states, 1)))
+                start += len(ids)
         return found
-
-
-def pooled(states: torch.Tensor) -> torch.Tensor:
-    """The mean of a question's hidden states (n, H), and the last one: (2 H,). Of no token it is zeros."""
-    return torch.cat([states.mean(0), states[-1]]) if len(states) else states.new_zeros(2 * states.shape[1])
 
 
 def _parts(items: list, size, most: int):
@@ -126,3 +125,12 @@ def _parts(items: list, size, most: int):
         total += size(item)
     if part:
         yield part
+
+
+def open_language_model(name: str, device: str = "auto", dtype: str = "auto") -> LanguageModel | None:
+    """The frozen model of that name; None for "none"."""
+    if name == "none":
+        return None
+    policy = load_policy(name, device, dtype, trainable=False)
+    policy.lm.to(pick_device(device))  # of several processes each has one of its own
+    return LanguageModel(policy, load_tokenizer(name), name)

@@ -168,7 +168,7 @@ class Asker:
     @cached_property
     def model(self) -> Model:
         """Opened when it is first needed: a mistyped type should not wait for it."""
-        from socratiq.scorer import open_language_model
+        from socratiq.language_model import open_language_model
 
         if self.scorer is not None:  # a scorer that was fitted with a language model ranks better with it
             _, _, device, dtype, _ = self.settings

@@ -10,7 +10,8 @@ import torch
 
 from socratiq import fit
 from socratiq.errors import UserError
-from socratiq.scorer import Scorer, open_language_model
+from socratiq.language_model import open_language_model
+from socratiq.scorer import Scorer
 
 
 class Reward:

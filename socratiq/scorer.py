@@ -3,14 +3,14 @@
     python -m socratiq.scorer --data sample --out runs/scorer                   # seconds, no model
     python -m socratiq.scorer --data sample --out runs/scorer --model smollm2   # harder to fool
 
-    reward = sqrt(strength of the wanted type) * form * originality * relatedness * (order or, with a model, fluency)
+    reward = strength of the wanted type ^ .75 * form * originality * sentence * relatedness * order (or fluency)
 
 Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
 becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
 much more likely the text makes a question, and in the place of the n-gram model of word order how fluent it is
-(`socratiq.fluency`). Every gate is in 0..1 and near 1 for nearly all genuine questions. The root of the strength:
-whoever games a classifier gets strengths of 1 and loses nothing by it, while honest questions that are merely hard to
-classify are worth more. Rows labelled `others` are negatives.
+(`socratiq.fluency`). Every gate is in 0..1 and near 1 for nearly all genuine questions. Strength counts a little less
+than the gates: whoever games a classifier gets strengths of 1 and loses nothing by it, while honest questions that are
+merely hard to classify are worth more. Rows labelled `others` are negatives.
 """
 
 if __name__ == "__main__":  # from a file of its own, so that --help need not wait for torch
@@ -33,19 +33,19 @@ from socratiq.prompts import build_prompt
 
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
-# Relatedness is sigmoid(a * log-odds + b), in doubt for the question; less so where a language model has looked.
-DOUBT, DOUBT_MODEL = (1.2, 1.9), (1.5, 1.3)
-VERSION = 2  # of what is saved; 2: more buckets for n-grams, the probe at two depths
+EXPONENT = 0.75  # of the strength; 0.5 and 1 were each worse against one kind of string or another (README)
+DOUBT = 1.5, 1.6  # relatedness is sigmoid(a * log-odds + b), in doubt for the question
+VERSION = 3  # of what is saved; 3: openers, probes of joints at two depths
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types, tensors, order: gates.WordOrder, overlap: gates.Overlap, settings: dict):
+    def __init__(self, types, tensors, gates_of: gates.Fitted, settings: dict):
         self.types: list[str] = types
         self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
-        self.order, self.overlap = order, overlap
+        self.gates = gates_of
         self.settings = settings  # the texts it was fitted on; of a language model name, signature, ramp of its fluency
         self.lm = None
         self.warnings: list[str] = []
@@ -69,7 +69,7 @@ class Scorer:
         part = [place(context) % CALIBRATION_PARTS for context in contexts]
         weight, bias = calibrated(fit_ngrams, ngram_logits, questions, target, part)
         tensors, settings = {"weight": weight, "bias": bias}, {"texts": texts_of(rows)}
-        scorer = cls(types, tensors, gates.WordOrder.fit(contexts, questions), gates.Overlap.fit(contexts), settings)
+        scorer = cls(types, tensors, gates.Fitted.fit(contexts, questions), settings)
         scorer.warnings = contradictions(rows)
         tensors["related"] = scorer.fit_relatedness(rows)
         if lm is not None:
@@ -143,7 +143,7 @@ class Scorer:
         That is log p(question | context) - log p(question) without the first token, which every text helps, over the
         root of the question's length: long questions have more to gain.
         """
-        columns = list(zip(*map(self.overlap, contexts, questions), strict=True))
+        columns = list(zip(*map(self.gates.overlap, contexts, questions), strict=True))
         if self.lm is not None:
             both = zip(self.lm.read_given(contexts, questions), self.lm.read_alone(questions), strict=True)
             columns.append([(g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.ids)) ** 0.5 for g, a in both])
@@ -162,16 +162,16 @@ class Scorer:
             "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
             "form": torch.tensor([gates.form(q) for q in questions]),
             "originality": torch.tensor([gates.originality(build_prompt(c, t), q) for c, q, t in rows]),
+            "sentence": torch.tensor([self.gates.sentence(q) for q in questions]),
         }
         if self.lm is None:
-            parts["order"] = torch.tensor([self.order(q) for q in questions])
+            parts["order"] = torch.tensor([self.gates.order(q) for q in questions])
         *w, bias = self.tensors["related" if self.lm is None else "related_model"]
         own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
-        a, b = DOUBT if self.lm is None else DOUBT_MODEL
-        parts["relatedness"] = torch.sigmoid(a * own_text + b)
+        parts["relatedness"] = torch.sigmoid(DOUBT[0] * own_text + DOUBT[1])
         if self.lm is not None:
             parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, contexts, questions)
-        reward = parts["strength"].sqrt() * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
+        reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
         if self.lm is not None:
             parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]
             parts["probe"] = self.by_probe(questions).gather(1, columns[:, None])[:, 0]
@@ -207,18 +207,11 @@ class Scorer:
 
         from socratiq.files import atomic_write
 
-        grams, weight = sorted(self.order.counts), self.tensors["weight"]
-        used = weight.any(1).nonzero()[:, 0]  # most buckets are empty
-        tensors = {
-            **self.tensors,
-            "weight": weight[used],
-            "buckets": used,
-            "grams": torch.tensor(grams) - 2**31,
-            "counts": torch.tensor([self.order.counts[g] for g in grams]),
-        }
-        settings = {"version": VERSION, "types": self.types, **self.settings, "order": list(self.order.ramp)}
-        settings |= {"words": self.order.total, "vocabulary": sorted(self.order.vocabulary)}
-        settings |= {"rarest": self.overlap.rarest, "idf": self.overlap.idf}
+        used = self.tensors["weight"].any(1).nonzero()[:, 0]  # most buckets are empty
+        settings, grams, counts = self.gates.state()
+        settings = {"version": VERSION, "types": self.types, **self.settings, **settings}
+        tensors = {**self.tensors, "weight": self.tensors["weight"][used], "buckets": used}
+        tensors |= {"grams": torch.tensor(grams), "counts": torch.tensor(counts)}
         atomic_write(
             Path(folder) / "scorer.safetensors",
             save({k: v if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}),
@@ -236,13 +229,11 @@ class Scorer:
             read = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
             if read.pop("version", 1) != VERSION:
                 raise ValueError("fitted by another version of socratiq")
-            grams, counts = (tensors.pop("grams").long() + 2**31).tolist(), tensors.pop("counts").tolist()
-            counts = dict(zip(grams, counts, strict=True))
-            order = gates.WordOrder(read.pop("vocabulary"), counts, read.pop("words"), gates.Ramp(*read.pop("order")))
+            fitted = gates.Fitted.of(read, tensors.pop("grams").tolist(), tensors.pop("counts").tolist())
             weight, used = tensors["weight"], tensors.pop("buckets").long()
             tensors["weight"] = torch.zeros(BUCKETS, weight.shape[1]).index_copy_(0, used, weight)
             tensors["bias"], tensors["related"]  # a KeyError where one is missing
-            return cls(read.pop("types"), tensors, order, gates.Overlap(read.pop("idf"), read.pop("rarest")), read)
+            return cls(read.pop("types"), tensors, fitted, read)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
@@ -252,15 +243,3 @@ class Scorer:
 def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None) -> Figures:
     """Grade every row by a scorer that saw neither it nor its context: `.strengths` (N, T) in the order of the rows."""
     return grading.cross_validate(lambda some: Scorer.fit(some, seed, lm, only_strengths=True), rows, folds)
-
-
-def open_language_model(name: str, device: str = "auto", dtype: str = "auto"):
-    """The frozen model of that name as a LanguageModel; None for "none"."""
-    if name == "none":
-        return None
-    from socratiq.language_model import LanguageModel
-    from socratiq.model import load_policy, load_tokenizer, pick_device
-
-    policy = load_policy(name, device, dtype, trainable=False)
-    policy.lm.to(pick_device(device))  # of several processes each has one of its own
-    return LanguageModel(policy, load_tokenizer(name), name)

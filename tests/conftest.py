@@ -49,8 +49,9 @@ def poisoned(tmp_path_factory) -> Path:
 
 def make_inputs(folder: Path) -> None:
     from socratiq.data import Row, split_by_context
+    from socratiq.language_model import open_language_model
     from socratiq.prompts import build_prompt
-    from socratiq.scorer import Scorer, open_language_model
+    from socratiq.scorer import Scorer
 
     subjects = [
         "dogs",

@@ -12,10 +12,11 @@ import pytest
 
 from socratiq import attacks, gates
 from socratiq.data import Row, load_rows, split_by_context
+from socratiq.language_model import open_language_model
 from socratiq.measures import well_formed
 from socratiq.model import load_tokenizer
 from socratiq.prompts import decode, encode_completion
-from socratiq.scorer import Scorer, open_language_model
+from socratiq.scorer import Scorer
 
 
 class Suite(NamedTuple):
@@ -70,10 +71,10 @@ def test_there_are_hundreds_of_strings_of_forty_kinds(suite):
 
 
 def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(suite):
-    """By the mean of each kind. Single strings do get through, 14 of 308, all of them made of three questions:
-    whoever needs more than that fits the scorer with a language model."""
+    """By the mean of each kind. Single strings do get through, 7 of 308, all of them made of four questions: whoever
+    needs more than that fits the scorer with a language model."""
     found = graded(Scorer.fit(suite.learn_from), suite)
-    assert found.mean > 0.5 and sum(x >= found.mean for x in found.rewards) <= 20
+    assert found.mean > 0.45 and sum(x >= found.mean for x in found.rewards) <= 12
     for kind, rewards in by_kind(suite, found.rewards).items():
         assert sum(rewards) / len(rewards) < found.mean, kind
 

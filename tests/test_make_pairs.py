@@ -532,7 +532,7 @@ def test_the_pairs_file(reference, rows_file):
         assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.1
         assert pair["chosen_score"] - pair["rejected_score"] >= 0.3
         assert pair["rejected_parts"]["strength"] == pair["rejected_score"]
-        parts = ["strength", "form", "originality", "order", "relatedness"]
+        parts = ["strength", "form", "originality", "sentence", "order", "relatedness"]
         assert list(pair["rejected_parts"]) == (parts[:1] if pair.get("mirrored") else parts)
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert {pair["attempts"] for pair in pairs} >= {1, 2}

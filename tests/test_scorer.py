@@ -22,7 +22,7 @@ from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
 from socratiq.judge import Judge, judge_split, rows_to_learn_from
 from socratiq.judge import pieces as judge_pieces
-from socratiq.language_model import LanguageModel, Reading, pooled
+from socratiq.language_model import LanguageModel, Reading
 from socratiq.scorer import VERSION, Scorer, cross_validate
 
 TOPICS = [
@@ -83,7 +83,7 @@ class FakeModel:
             seen = [[float(cue == w) for cue in cues] + [float(len(v) == n) * len(w) for n in range(1, 9)]
                     for v, w in zip(["", *said], said)]  # noqa: B905  # fmt: skip
             hidden = torch.tensor(seen).reshape(-1, len(cues) + 8)
-            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden, pooled(hidden)))
+            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden))
         return found
 
     def read_given(self, contexts, questions):
@@ -262,14 +262,15 @@ def test_any_text_has_a_reward(scorer, context, question):
 
 
 @pytest.mark.parametrize("layer", ["bare", "deep"])
-def test_the_reward_is_the_root_of_the_strength_times_the_gates(scorer, deep, layer):
+def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, layer):
     used = scorer if layer == "bare" else deep
     rows = [r for r in ROWS if r.type != "others"][:12]
     columns = [r.context for r in rows], [r.question for r in rows], [r.type for r in rows]
     reward, parts = used.graded(*columns)
-    gates_of = ["form", "originality", *(["order", "relatedness"] if layer == "bare" else ["relatedness", "fluency"])]
+    last = ["order", "relatedness"] if layer == "bare" else ["relatedness", "fluency"]
+    gates_of = ["form", "originality", "sentence", *last]
     assert list(parts) == ["strength", *gates_of] + (["ngrams", "probe"] if layer == "deep" else [])
-    expected = parts["strength"].sqrt()
+    expected = parts["strength"] ** 0.75
     for name in gates_of:
         expected = expected * parts[name]
     assert torch.allclose(reward, expected)
@@ -288,7 +289,7 @@ def test_explain_says_what_reward_and_strengths_say(deep):
     strengths = deep.strengths([row.context], [row.question])[0].tolist()
     assert said["strength"] == pytest.approx(dict(zip(deep.types, strengths, strict=True)))
     assert set(said) == {"strength", "ngrams", "probe", "reward"} | {
-        "form", "originality", "relatedness", "fluency",
+        "form", "originality", "sentence", "relatedness", "fluency",
     }  # fmt: skip
     assert json.loads(json.dumps(said)) == said
 
@@ -401,6 +402,22 @@ def test_word_order_leaves_one_out():
     with_it.total = without.total = 60
     assert with_it.gain(question, Counter(with_it.grams(question))) == pytest.approx(without.gain(question))
     assert with_it.gain(question) > without.gain(question)
+
+
+def test_a_sentence_begins_once_and_as_the_rows_do():
+    asked = [
+        f"{word} the tram of Ann{'' if i else ', and so will I'}?" for word in ("Is", "Was", "Ann's") for i in range(3)
+    ]
+    sentence = gates.Sentence.fit(["Ann is late. Was she? It was Ann, they say."], asked)
+    assert sentence.openers == {"Is", "Was"} and sentence.capital  # Ann has a capital inside as well
+    assert all(
+        map(sentence, [*asked, "Is Ann late?", "What is said: Is it late?", "“is” means what?", "5 is what?", "¿Is?"])
+    )
+    for question in ("is Ann late?", "Ann is late Was she?", "If it is, Was it?", "If it is,\n Was it?"):
+        assert not sentence(question), question
+    assert gates.Sentence.fit([], ["why so?", *asked[:8]])("why not?")  # one of nine of these rows begins like that
+    assert gates.Sentence.fit([], [])("why not Why not?") and gates.Sentence.fit([""], ["你为什么?"] * 9)("你为什么?")
+    assert gates.Sentence.fit([], [])("") == gates.Sentence.fit([], asked)("") == 1.0
 
 
 def test_overlap_by_hand():
@@ -576,8 +593,8 @@ def test_states_are_those_of_the_middle_and_of_four_fifths():
         states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
     states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
     (reading,) = LanguageModel(policy, tokenizer).read_given([text], [question])
-    assert torch.allclose(reading.hidden, states[5], atol=1e-4)
-    wanted = torch.cat([states[5].mean(0), states[5][-1], states[8].mean(0), states[8][-1]])
+    assert torch.allclose(reading.hidden, torch.cat([states[5], states[8]], 1), atol=1e-4)
+    wanted = torch.cat([states[5].mean(0), states[8].mean(0), states[5][-1], states[8][-1]])
     assert torch.allclose(reading.features, wanted, atol=1e-4)
 
 
