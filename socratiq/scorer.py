@@ -3,7 +3,7 @@
     python -m socratiq.scorer --data sample --out runs/scorer                   # seconds, no model
     python -m socratiq.scorer --data sample --out runs/scorer --model smollm2   # harder to fool
 
-    reward = strength of the wanted type ^ .75 * form * originality * sentence * relatedness * order (or fluency)
+    reward = strength of the wanted type ^ 0.7 * form * originality * sentence * relatedness * order (or fluency)
 
 Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
 becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
@@ -33,8 +33,8 @@ from socratiq.prompts import build_prompt
 
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
-EXPONENT = 0.75  # of the strength; 0.5 and 1 were each worse against one kind of string or another (README)
-DOUBT = 1.5, 1.6  # relatedness is sigmoid(a * log-odds + b), in doubt for the question
+EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another (README)
+SURE, DOUBT = 1.5, 1.0  # relatedness is sigmoid(SURE * (log-odds + DOUBT)), in doubt for the question
 VERSION = 3  # of what is saved; 3: openers, probes of joints at two depths
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
@@ -168,7 +168,7 @@ class Scorer:
             parts["order"] = torch.tensor([self.gates.order(q) for q in questions])
         *w, bias = self.tensors["related" if self.lm is None else "related_model"]
         own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
-        parts["relatedness"] = torch.sigmoid(DOUBT[0] * own_text + DOUBT[1])
+        parts["relatedness"] = torch.sigmoid(SURE * (own_text + DOUBT))
         if self.lm is not None:
             parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, contexts, questions)
         reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
