@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/python train_sft.py --epochs 1 --out $(RUNS)/sft
 	$(BIN)/python make_pairs.py --policy $(RUNS)/sft --scorer $(RUNS)/scorer --writer local --limit 150 --out $(RUNS)/pairs.jsonl
 	$(BIN)/python train_dpo.py --model $(RUNS)/sft --pairs $(RUNS)/pairs.jsonl --out $(RUNS)/dpo
-	$(BIN)/python train_ppo.py --steps 18 --batch-size 8 --lr 1e-3 --model $(RUNS)/dpo --scorer $(RUNS)/scorer --out $(RUNS)/ppo
+	$(BIN)/python train_ppo.py --steps 18 --batch-size 8 --lr 1e-3 --kl-coef 0.005 --model $(RUNS)/dpo --scorer $(RUNS)/scorer --out $(RUNS)/ppo
 	$(BIN)/python -m socratiq.evaluate $(RUNS) --limit 10
 	$(BIN)/python -m socratiq.report $(RUNS)
 
