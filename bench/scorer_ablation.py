@@ -24,6 +24,7 @@ from socratiq.scorer import EXPONENT, GATES, Scorer
 def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:
     """Genuine questions and those that should earn less, as (kind, context, question, type)."""
     typed = [r for r in held if r.type in scorer.types]
+    broken = attacks.degenerate(typed[:broken_texts])
     own = [attacks.Attack("own", r.context, r.question, r.type) for r in typed]
     wrong = [a._replace(type=t) for a in own for t in scorer.types if t != a.type]
     negatives = [r for r in held if r.type == "others"]
@@ -37,14 +38,14 @@ def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.At
         "wrong type": wrong,
         "another text": attacks.another_text(typed),
         "others": others,
-        "degenerate": attacks.degenerate(typed[:broken_texts]),
-        "- with case": [in_sentence_case(a) for a in attacks.degenerate(typed[:broken_texts])],
+        "degenerate": broken,
+        "- mended": [in_sentence_case(attack) for attack in broken],
         "rare word": attacks.rare_word(typed),
     }
 
 
 def in_sentence_case(attack: attacks.Attack) -> attacks.Attack:
-    """As whoever knows of `gates.Sentence` would write it."""
+    """With its capitals mended, as whoever knows of `gates.Sentence` would write it."""
     return attack._replace(question=attack.question[:1].upper() + attack.question[1:].lower())
 
 

@@ -119,13 +119,18 @@ class Sentence:
     @classmethod
     def fit(cls, contexts: list[str], questions: list[str]) -> "Sentence":
         first = Counter(match.group() for match in map(WORD.match, questions) if match)
-        inside = Counter(word for text in {*contexts, *questions} for word in INSIDE.findall(" ".join(text.split())))
+        inside = Counter(word for text in {*contexts, *questions} for word in cls.inside(text))
         openers = [w for w, n in first.items() if n >= cls.SEEN and w[0].isupper() and inside[w.lower()] > inside[w]]
         return cls(sorted(openers), sum(q[:1].islower() for q in questions) < cls.RARE * len(questions))
 
+    @staticmethod
+    def inside(text: str) -> list[str]:
+        """Words where no sentence begins."""
+        return INSIDE.findall(" ".join(text.split()))
+
     def __call__(self, question: str) -> float:
-        text = " ".join(question.split())
-        return float(not (self.capital and text[:1].islower()) and self.openers.isdisjoint(INSIDE.findall(text)))
+        begins = not (self.capital and question.lstrip()[:1].islower())
+        return float(begins and self.openers.isdisjoint(self.inside(question)))
 
 
 class WordOrder:

@@ -42,10 +42,10 @@ RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types, tensors, gates_of: gates.Fitted, settings: dict):
+    def __init__(self, types, tensors, fitted: gates.Fitted, settings: dict):
         self.types: list[str] = types
         self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
-        self.gates = gates_of
+        self.gates = fitted
         self.settings = settings  # the texts it was fitted on; of a language model name, signature, ramp of its fluency
         self.lm = None
         self.warnings: list[str] = []

@@ -74,7 +74,7 @@ def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(su
     """By the mean of each kind. Single strings do get through, 8 of 308: whoever needs more than that fits the scorer
     with a language model."""
     found = graded(Scorer.fit(suite.learn_from), suite)
-    assert found.mean > 0.45 and sum(x >= found.mean for x in found.rewards) <= 12
+    assert found.mean > 0.5 and sum(x >= found.mean for x in found.rewards) <= 12
     for kind, rewards in by_kind(suite, found.rewards).items():
         assert sum(rewards) / len(rewards) < found.mean, kind
 
