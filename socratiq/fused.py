@@ -275,3 +275,8 @@ def fuse(lm: nn.Module) -> None:
         if type(module).__name__ in by_class:
             module.forward = types.MethodType(by_class[type(module).__name__], module)
             module.last = module is lm.model.layers[-1]
+
+
+def is_fused_layer(module: nn.Module) -> bool:
+    """Whether this is a decoder layer of which `fuse` has replaced every part."""
+    return hasattr(module, "last") and hasattr(getattr(module, "mlp", None), "last")

@@ -1,8 +1,9 @@
-"""Linear layers made ready for many small products, as sampling asks for: every weight meets few rows, many times.
+"""Layers made ready for sampling, where every weight meets few rows, many times, and no gradient is asked for.
 
 A plain product of few rows spends much of its time on bringing the weight into the order in which oneDNN multiplies,
-each time anew. Here that is done once, and adapters are cast once to the precision of the products. For the CPU of one
-process; elsewhere layers stay as they are. The price is a copy of the weights, in the precision of the products.
+each time anew; here that is done once. And it starts dozens of small operations a layer: here query, key and value are
+one product, gate and up are another, with all their adapters in two more. For the CPU of one process; elsewhere layers
+stay as they are. The price is a copy of the weights, in the precision of the products.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import contextlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from socratiq import lora
+from socratiq import fused, lora
 
 
 @contextlib.contextmanager
@@ -20,10 +22,15 @@ def packed(lm: nn.Module, rows: int):
     """Inside, the model multiplies by packed weights, made for `rows` rows at a time. No gradients pass."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else next(lm.parameters()).dtype
-    changed = {}
+    changed, done = {}, set()
     if can_pack(next(lm.parameters()), dtype):
-        changed |= {m: pack_linear(m, rows, dtype) for m in lm.modules() if type(m) is nn.Linear}
-        changed |= {m: cast_adapter(m, dtype) for _, m in lora.adapters(lm)}
+        for module in lm.modules():  # a layer comes before what it is made of
+            if module not in done and can_pack_whole(module):
+                changed[module] = pack_layer(module, rows, dtype)
+                done.update(module.modules())
+            elif module not in done and is_linear(module):  # the head, and layers of other kinds
+                changed[module] = pack_linears([module], rows, dtype)
+                done.update(module.modules())
     before = {module: module.__dict__.get("forward") for module in changed}  # fused.py's, where it has its own
     for module, forward in changed.items():
         module.forward = forward
@@ -45,19 +52,72 @@ def can_pack(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def pack_linear(linear: nn.Linear, rows: int, dtype: torch.dtype):
-    """The forward of a linear layer, by the operators that torch.compile uses for frozen weights."""
-    weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to(dtype), rows)
-    bias = None if linear.bias is None else linear.bias.detach().to(dtype)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
+def is_linear(module: nn.Module) -> bool:
+    """Whether this is a plain linear layer, with an adapter or without; one of 4 bits is not."""
+    return type(base(module)) is nn.Linear
 
 
-def cast_adapter(adapter: lora.LoRALinear, dtype: torch.dtype):
-    """The forward of an adapted layer; what LoRALinear casts at every call is cast here."""
-    A, B = adapter.lora_A.detach().to(dtype), adapter.lora_B.detach().to(dtype)
+def base(linear: nn.Module) -> nn.Module:
+    """The linear layer under an adapter, or the layer itself."""
+    return linear.base if isinstance(linear, lora.LoRALinear) else linear
 
-    def forward(x):
-        y = adapter.base(x)
-        return lora.AddLowRank.apply(x, y, None, None, A, B, adapter.scale) if adapter.enabled else y
+
+def can_pack_whole(layer: nn.Module) -> bool:
+    """Whether this is a decoder layer as `pack_layer` computes it."""
+    return fused.is_fused_layer(layer) and all(map(is_linear, projections(layer)))
+
+
+def projections(layer: nn.Module) -> list[nn.Module]:
+    attention, mlp = layer.self_attn, layer.mlp
+    of_attention = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    return [*of_attention, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def pack_layer(layer: nn.Module, rows: int, dtype: torch.dtype):
+    """The forward of a decoder layer: what fused.py computes, without a thought of the backward pass."""
+    q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj = projections(layer)
+    groups = [q_proj, k_proj, v_proj], [o_proj], [gate_proj, up_proj], [down_proj]
+    to_heads, from_heads, to_mlp, from_mlp = (pack_linears(group, rows, dtype) for group in groups)
+    attention, d = layer.self_attn, layer.self_attn.head_dim
+    heads, kv_heads = base(q_proj).out_features // d, base(k_proj).out_features // d
+
+    def norm(x, by):
+        return F.rms_norm(x.to(by.weight.dtype), x.shape[-1:], by.weight, by.variance_epsilon).to(dtype)
+
+    def forward(hidden, attend, read, position_embeddings, **kwargs):
+        cos, sin = (x.unsqueeze(2) for x in position_embeddings)  # (1, N, 1, d)
+        x = to_heads(norm(hidden, layer.input_layernorm)).unflatten(-1, (-1, d))  # (1, N, heads + 2 kv_heads, d)
+        qk, v = x.split([heads + kv_heads, kv_heads], dim=2)
+        if hasattr(attention, "q_norm"):  # Qwen3
+            q, k = qk.split([heads, kv_heads], dim=2)
+            qk = torch.cat([norm(q, attention.q_norm), norm(k, attention.k_norm)], dim=2)
+        a, b = qk.chunk(2, dim=-1)
+        qk = torch.addcmul(qk * cos, torch.cat([-b, a], dim=-1), sin).to(dtype)
+        q, k, v = (x.transpose(1, 2) for x in (*qk.split([heads, kv_heads], dim=2), v))
+        mixed = attend(attention.layer_idx, q, k, v, attention.scaling).flatten(2)  # (1, N, heads * d)
+        if layer.last:
+            mixed, hidden = mixed.index_select(1, read), hidden.index_select(1, read)
+        hidden = hidden + from_heads(mixed)
+        gate, up = to_mlp(norm(hidden, layer.post_attention_layernorm)).chunk(2, dim=-1)
+        return hidden + from_mlp(F.silu(gate).mul_(up))
 
     return forward
+
+
+def pack_linears(linears: list[nn.Module], rows: int, dtype: torch.dtype):
+    """The forward of linear layers that share their input, end to end, by the operators that torch.compile uses."""
+    bases = list(map(base, linears))
+    weight = torch.cat([x.weight.detach().to(dtype) for x in bases])  # (out, in)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    bias = None if bases[0].bias is None else torch.cat([x.bias.detach().to(dtype) for x in bases])
+
+    def product(x):
+        return torch.ops.mkldnn._linear_pointwise(x.to(dtype), weight, bias, "none", [], "")
+
+    adapted = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
+    if not adapted:
+        return product
+    blocks = [x.lora_B.detach() * x.scale if x in adapted else torch.zeros(x.out_features, 0) for x in linears]
+    A = torch.cat([x.lora_A.detach() for x in adapted]).to(dtype)  # (sum of r, in)
+    B = torch.block_diag(*blocks).to(dtype)  # (out, sum of r)
+    return lambda x: lora.AddLowRank.apply(x, product(x), None, None, A, B, 1.0)

@@ -98,7 +98,8 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> to
     """One token a row by inverting the cumulative distribution. logits (N, V), uniforms (N,) in [0, 1) -> (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
+    logits = logits.float() if temperature == 1 else logits.float() / temperature  # a pass over all of them less
+    cumulative = logits.softmax(-1).cumsum(-1)  # (N, V)
     target = uniforms[:, None] * cumulative[:, -1:]  # the last entry is 1 but for rounding
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 

@@ -5,12 +5,15 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from small import small_lm
 
 from socratiq import fused, lora
 from socratiq.batch import RowAttention, attend, common_start, make_batch, ready_mask
 from socratiq.lora import AddLowRank
+from socratiq.model import Policy
 from socratiq.packed import packed
+from socratiq.sampling import Cache
 
 
 def numbers(*shape):
@@ -206,15 +209,66 @@ def test_packed_layers_compute_the_same(autocast, bias):
     lora.add_lora(layers, 4, targets=("0",))
     layers[0].lora_B.data.normal_()
     x, close = torch.randn(1, 5, 24), 2e-2 if autocast else 1e-5
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        plain = layers(x)
-        with packed(layers, rows=5):
-            torch.testing.assert_close(layers(x), plain, rtol=close, atol=close)
-            lora.enable(layers, False)
-            assert not torch.allclose(layers(x), plain, rtol=1e-1)
-        assert not torch.allclose(layers(x), plain, rtol=1e-1)  # still switched off
-        lora.enable(layers, True)
-        assert torch.equal(layers(x), plain)
+    for enabled in (True, False):
+        lora.enable(layers, enabled)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            plain = layers(x)
+            with packed(layers, rows=5):
+                torch.testing.assert_close(layers(x), plain, rtol=close, atol=close)
+            assert torch.equal(layers(x), plain)
+
+
+FAMILIES = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"head_dim": 16},  # as Mistral-Nemo's, not hidden_size / heads
+    "Qwen2": {},  # biases at query, key and value
+    "Qwen3": {"head_dim": 8},  # norms of query and key
+    "Gemma": {"head_dim": 8},  # none of fused.py's: gelu, and norms by 1 + weight
+}
+
+
+@pytest.mark.parametrize("adapted", [(), ("q_proj", "up_proj"), lora.TARGETS])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_models_compute_the_same(family, autocast, adapted):
+    """Prefill and every token after it, for three prompts of which one ends early."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = getattr(transformers, f"{family}Config")(**shape, **FAMILIES[family])
+    model = getattr(transformers, f"{family}ForCausalLM")
+    lm = model._from_config(config, attn_implementation="socratiq").eval()
+    fused.fuse(lm)
+    if adapted:
+        lora.add_lora(lm, 4, targets=adapted)
+    for name, weight in lm.named_parameters():
+        if "norm" in name or "bias" in name or "lora_B" in name:  # not 1, not 0
+            weight.data.add_(0.1 * torch.randn_like(weight))
+    whole = [fused.is_fused_layer(layer) for layer in lm.model.layers]
+    assert whole == [family != "Gemma"] * 2
+
+    prompts = [[1, 5, 7, 9], [1, 5, 8], [1, 5, 7, 6, 11, 3]]
+
+    def logits():
+        cache, given = Cache([4, 3, 6], 1, 4), [token for prompt in prompts for token in prompt]
+        positions = [place for prompt in prompts for place in range(len(prompt))]
+        yield policy(*map(torch.tensor, (given, positions)), cache.prefill, torch.tensor([3, 6, 12]))["logits"]
+        for step, alive in enumerate(([0, 1, 2], [0, 2], [0, 2])):
+            cache.keep(torch.tensor(alive), step)
+            positions = [len(prompts[b]) + step for b in alive]
+            tokens = torch.tensor([b + 20 + step for b in alive])
+            yield policy(tokens, torch.tensor(positions), cache.decode, torch.arange(len(alive)))["logits"]
+
+    policy = Policy(lm, autocast=autocast)
+    with torch.no_grad(), policy.precision():
+        plain = list(logits())
+        with packed(lm, rows=3):
+            read = list(logits())
+        again = list(logits())
+    close = 0.1 if autocast else 1e-4
+    for a, b, c in zip(plain, read, again, strict=True):
+        torch.testing.assert_close(b.float(), a.float(), rtol=close, atol=close)
+        assert torch.equal(a, c)
 
 
 def test_packed_layers_are_plain_again_after_an_error():
