@@ -9,6 +9,7 @@ import math
 import re
 import zlib
 from collections import Counter
+from itertools import chain
 from typing import NamedTuple
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
@@ -134,18 +135,20 @@ class Sentence:
 
 
 class WordOrder:
-    """How much better a trigram model foresees each word than the word's own frequency does: 0 for shuffled words.
+    """How much more often a question's neighbouring words were seen together than chance would have it.
 
-    All words but the commonest are replaced by their ending ("<ing>"), so that the model knows the grammar of the texts
-    it was fitted on and not their subjects. The lowest quarter of the words counts double: one seam in an otherwise
-    good question shows there.
+    Of every pair the log of (n(ab) + k) / (n(a) n(b) / N + k), of every triple that of (n(abc) + k) / (n(ab) n(bc) /
+    n(b) + k): counts in the texts it was fitted on, seen over expected, k for what is too rare to tell. Two common
+    words that never met are a seam; two rare ones say nothing. All words but the commonest are replaced by their ending
+    ("<ing>"), so that counts are of the grammar of the texts and not of their subjects. The lowest quarter counts
+    double: one seam in an otherwise good question shows there.
     """
 
-    VOCABULARY, LOWEST = 1000, 0.06  # words; share of the rows' questions that are worth less than 1
+    VOCABULARY, LOWEST, K = 1000, 0.06, 0.25  # words; share of the rows' questions that are worth less than 1; k
 
     def __init__(self, vocabulary: list[str], counts: dict[int, int], total: int, ramp: Ramp):
         self.vocabulary = frozenset(vocabulary)
-        self.counts, self.total, self.ramp = counts, total, ramp  # crc32 of a gram -> how often; number of words
+        self.counts, self.total, self.ramp = counts, total, ramp  # crc32 of a gram -> how often; N, number of words
 
     @classmethod
     def fit(cls, contexts: list[str], questions: list[str]) -> "WordOrder":
@@ -155,12 +158,15 @@ class WordOrder:
         vocabulary = sorted(common, key=lambda token: (-common[token], token))[: cls.VOCABULARY]
         order = cls(vocabulary, Counter(), 0, Ramp(0.0, 1.0))
         for text in texts:
-            order.counts.update(order.grams(text))
-            order.total += len(tokens(text)) + 1  # the end counts as a word
-        order.ramp = Ramp.below(
-            [order.gain(q, Counter(order.grams(q))) for q in questions if len(words(q)) > 1], cls.LOWEST
-        )
+            order.count(text)
+        gains = [order.gain(q, Counter(chain(*order.grams(q)))) for q in questions if len(words(q)) > 1]
+        order.ramp = Ramp.below(gains, cls.LOWEST)
         return order
+
+    def count(self, text: str) -> None:
+        grams = self.grams(text)
+        self.counts.update(chain(*grams))
+        self.total += len(grams[0])
 
     def shape(self, token: str) -> str:
         """A common word or mark itself, a number, another mark, or the ending of another word."""
@@ -168,25 +174,23 @@ class WordOrder:
             return token if token in self.vocabulary else "<number>" if token[0].isdigit() else "<mark>"
         return f"<{next((e for e in ENDINGS if token.endswith(e)), 'word')}>"
 
-    def trigrams(self, text: str):
-        """For each word the keys of: the word, the pair it ends, that pair's start, the trigram, its start."""
-        shapes = ["^", "^", *map(self.shape, tokens(text)), "$"]
-        for a, b, c in zip(shapes, shapes[1:], shapes[2:]):  # noqa: B905
-            keys = (c, f"{b} {c}", f"{b} >", f"{a} {b} {c}", f"{a} {b} >")
-            yield [zlib.crc32(key.encode()) for key in keys]
-
-    def grams(self, text: str) -> list[int]:
-        return [key for keys in self.trigrams(text) for key in keys]
+    def grams(self, text: str) -> list[list[int]]:
+        """Keys of its words, start and end among them, of their pairs and of their triples, in order."""
+        shapes = ["^", *map(self.shape, tokens(text)), "$"]
+        runs = (zip(*(shapes[start:] for start in range(n))) for n in (1, 2, 3))  # noqa: B905  (the shortest ends it)
+        return [[zlib.crc32(" ".join(run).encode()) for run in of_length] for of_length in runs]
 
     def gain(self, question: str, own: Counter | None = None) -> float:
-        """Mean log of p(word | two before) / p(word), in nats; `own` counts are taken off (leave one out)."""
-        own, gains = own or Counter(), []
-        for keys in self.trigrams(question):
-            one, pair, after, triple, after_two = (self.counts.get(key, 0) - own[key] for key in keys)
-            alone = (one + 0.5) / (self.total + self.VOCABULARY / 2)
-            mixed = 0.6 * triple / max(1, after_two) + 0.3 * pair / max(1, after) + 0.1 * alone
-            gains.append(math.log(mixed / alone))
-        gains.sort()
+        """The mean over pairs and the triples that they end, in nats; `own` counts are taken off (leave one out)."""
+        own = own or Counter()
+        one, two, three = ([self.counts.get(key, 0) - own[key] for key in keys] for keys in self.grams(question))
+
+        def excess(seen: int, expected: float) -> float:
+            return math.log((seen + self.K) / (expected + self.K))
+
+        pairs = [excess(ab, a * b / self.total) for ab, a, b in zip(two, one, one[1:])]  # noqa: B905
+        triples = [excess(abc, ab * bc / max(1, b)) for abc, ab, bc, b in zip(three, two, two[1:], one[1:])]  # noqa: B905
+        gains = sorted(map(sum, zip(pairs, [0.0, *triples], strict=True)))
         lowest = gains[: -(-len(gains) // 4)]
         return sum(gains + lowest) / len(gains + lowest)
 

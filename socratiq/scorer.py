@@ -35,7 +35,7 @@ CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
 EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another (README)
 SURE, DOUBT = 1.5, 1.0  # relatedness is sigmoid(SURE * (log-odds + DOUBT)), in doubt for the question
-VERSION = 3  # of what is saved; 3: openers, probes of joints at two depths
+VERSION = 4  # of what is saved; 4: log-probs after the text, word order by seen and expected counts
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -385,22 +387,35 @@ def test_word_order_knows_a_question_from_its_shuffled_words():
     assert sum(map(order, genuine)) / len(genuine) > 0.85
 
 
+def test_word_order_by_hand():
+    """ "Why not?" after "Why not ask? Why ask?": starts, ends and marks are counted as words are."""
+    order = gates.WordOrder(["why", "not", "ask", "?"], Counter(), 0, gates.Ramp(0, 1))
+    order.count("Why not ask?")
+    order.count("Why ask?")
+    assert order.total == 11
+
+    def excess(seen, expected):
+        return math.log((seen + 0.25) / (expected + 0.25))
+
+    pairs = [excess(2, 2 * 2 / 11), excess(1, 2 * 1 / 11), excess(0, 1 * 2 / 11), excess(2, 2 * 2 / 11)]
+    triples = [0, excess(1, 2 * 1 / 2), excess(0, 0), excess(0, 0 * 2 / 2)]
+    gains = [pair + triple for pair, triple in zip(pairs, triples, strict=True)]
+    assert order.gain("Why not?") == pytest.approx((sum(gains) + min(gains)) / 5)
+
+
 def test_word_order_leaves_one_out():
     """A question scores the same if it was never counted, or was counted and its counts are taken off."""
-    from collections import Counter
-
     texts = [f"The {a} of the {b} is not the {a} of a king." for a in ("heart", "price") for b in ("town", "sea")]
     question = "Is the heart of the town the price of a king?"
-    without, with_it = gates.WordOrder.fit(texts, []), gates.WordOrder.fit(texts, [question])
-    with_it.vocabulary = without.vocabulary = with_it.vocabulary | without.vocabulary
-    with_it = gates.WordOrder(sorted(with_it.vocabulary), Counter(), 0, gates.Ramp(0, 1))
-    without = gates.WordOrder(sorted(with_it.vocabulary), Counter(), 0, gates.Ramp(0, 1))
+    vocabulary = sorted({token for text in (*texts, question) for token in gates.tokens(text)})
+    with_it, without = (gates.WordOrder(vocabulary, Counter(), 0, gates.Ramp(0, 1)) for _ in range(2))
     for text in texts:
-        with_it.counts.update(with_it.grams(text))
-        without.counts.update(without.grams(text))
-    with_it.counts.update(with_it.grams(question))
-    with_it.total = without.total = 60
-    assert with_it.gain(question, Counter(with_it.grams(question))) == pytest.approx(without.gain(question))
+        with_it.count(text)
+        without.count(text)
+    with_it.count(question)
+    with_it.total = without.total
+    own = Counter(chain(*with_it.grams(question)))
+    assert with_it.gain(question, own) == pytest.approx(without.gain(question))
     assert with_it.gain(question) > without.gain(question)
 
 
