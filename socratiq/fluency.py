@@ -1,11 +1,12 @@
 """Does a question read as one piece? What a frozen language model says of it, for `socratiq.scorer`.
 
-Seven signs, of which the worst counts. Four are plain, with a ramp each: the log-probs of the question's tokens, read
-alone: their mean, that of the lowest quarter, of the lowest two; and their sum per word.
+Seven signs, of which the worst counts, of the question's tokens as the model reads them after the text: what people
+ask is odd by itself more often than about their text. Four are plain, with a ramp each: the mean of the log-probs, that
+of the lowest quarter, of the lowest two; and their sum per word.
 
-Three are learnt, with a slope each. A linear probe looks at every token, as the model reads it after the text, and
-says whether it may follow the one before (`joints`). It learns that from genuine questions and from the same questions
-broken, in which a token is in its place if the pair that it ends stands in a question that the broken one was made of.
+Three are learnt, with a slope each. A linear probe looks at every token and says whether it may follow the one before
+(`joints`). It learns that from genuine questions and from the same questions broken, in which a token is in its place
+if the pair that it ends stands in a question that the broken one was made of.
 The signs are the mean of its log-odds, that of the lowest quarter, and the log-probability that all joints hold. A
 probe on whole questions has one label for each of them; this one has a label a token, and an optimiser must please it
 at every word.
@@ -81,7 +82,8 @@ class Fluency:
             for i in range(len(rows)):
                 if part[i] == k:
                     unseen[i] = probe_logits(x[i], *probe)[:, 0]
-        plain = zip(*[plain_signs(q, a.logprobs) for q, a in zip(questions, read[: len(rows)])], strict=True)  # noqa: B905
+        given = lm.read_given(contexts[: len(rows)], questions[: len(rows)])
+        plain = zip(*[plain_signs(r.question, g.logprobs) for r, g in zip(rows, given, strict=True)], strict=True)
         ramps = [gates.Ramp.below(list(sign), PLAIN) for sign in plain]
         ramps += [Slope.below(list(sign)) for sign in zip(*map(joint_signs, unseen), strict=True)]
         weight, bias = fit_probe(torch.cat(x), torch.cat(y))
@@ -90,9 +92,10 @@ class Fluency:
     def __call__(self, lm, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N,) in 0..1."""
         found = []
-        for q, a, x in zip(questions, lm.read_alone(questions), tokens(lm, contexts, questions), strict=True):
+        given = lm.read_given(contexts, questions)
+        for q, g, x in zip(questions, given, tokens(lm, contexts, questions), strict=True):
             joints = probe_logits(x, self.tensors["joints"], self.tensors["joints_bias"])[:, 0]
-            odd = min(ramp(sign) for ramp, sign in zip(self.plain, plain_signs(q, a.logprobs), strict=True))
+            odd = min(ramp(sign) for ramp, sign in zip(self.plain, plain_signs(q, g.logprobs), strict=True))
             learnt = [slope(sign) for slope, sign in zip(self.learnt, joint_signs(joints), strict=True)]
             found.append(min(FLOOR + (1 - FLOOR) * odd, *learnt))
         return torch.tensor(found)
