@@ -122,17 +122,13 @@ def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found
     assert {attack.kind for attack in through} <= {"crossed"}
 
 
-def beaten(paid: str):
-    return pytest.mark.xfail(
-        reason=f"some of three climbs get through: {paid}, genuine questions have .51", strict=True
-    )
-
-
-STARTS = {"words": ".00, .77, .21", "question": ".97, .96, .23"}
+BEATEN = pytest.mark.xfail(
+    reason="two of three climbs get through: .89, .95, .29, genuine questions have .52", strict=True
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", [pytest.param(start, marks=beaten(paid)) for start, paid in STARTS.items()])
+@pytest.mark.parametrize("start", ["words", pytest.param("question", marks=BEATEN)])
 def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
     """Hill climbing, word by word, from random words and from a genuine question about another text."""
     bare, rng = Scorer.fit(suite.learn_from), random.Random(0)
