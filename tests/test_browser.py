@@ -143,7 +143,7 @@ def test_the_report_is_dark_where_the_reader_wants_it_dark(browser, page):
 def test_what_the_reader_opened_stays_open_when_the_page_renews_itself(browser, tmp_path):
     make_run(tmp_path, "sft", every_metric("sft"))
     page = tmp_path / "report.html"
-    page.write_text(report.build(tmp_path, refresh=1), encoding="utf-8")
+    page.write_text(report.build(tmp_path, refresh=3), encoding="utf-8")  # enough for a busy machine to see it open
     browser.open(page.as_uri(), 390)
     browser.run("window.before = 1; document.querySelectorAll('details')[1].open = true; scrollTo(0, 500)")
     browser.wait("window.before === undefined && document.readyState == 'complete' && scrollY > 0")
