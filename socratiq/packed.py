@@ -107,7 +107,8 @@ def pack_layer(layer: nn.Module, rows: int, dtype: torch.dtype):
 def pack_linears(linears: list[nn.Module], rows: int, dtype: torch.dtype):
     """The forward of linear layers that share their input, end to end, by the operators that torch.compile uses."""
     bases = list(map(base, linears))
-    weight = torch.cat([x.weight.detach().to(dtype) for x in bases])  # (out, in)
+    weights = [x.weight.detach().to(dtype) for x in bases]
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # (out, in); of the head a copy would be felt
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     bias = None if bases[0].bias is None else torch.cat([x.bias.detach().to(dtype) for x in bases])
 
