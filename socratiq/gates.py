@@ -159,7 +159,7 @@ class WordOrder:
         order = cls(vocabulary, Counter(), 0, Ramp(0.0, 1.0))
         for text in texts:
             order.count(text)
-        gains = [order.gain(q, Counter(chain(*order.grams(q)))) for q in questions if len(words(q)) > 1]
+        gains = [order.gain(q, counted=True) for q in questions if len(words(q)) > 1]
         order.ramp = Ramp.below(gains, cls.LOWEST)
         return order
 
@@ -180,10 +180,11 @@ class WordOrder:
         runs = (zip(*(shapes[start:] for start in range(n))) for n in (1, 2, 3))  # noqa: B905  (the shortest ends it)
         return [[zlib.crc32(" ".join(run).encode()) for run in of_length] for of_length in runs]
 
-    def gain(self, question: str, own: Counter | None = None) -> float:
-        """The mean over pairs and the triples that they end, in nats; `own` counts are taken off (leave one out)."""
-        own = own or Counter()
-        one, two, three = ([self.counts.get(key, 0) - own[key] for key in keys] for keys in self.grams(question))
+    def gain(self, question: str, counted: bool = False) -> float:
+        """The mean over pairs and the triples that they end, in nats, as if a `counted` question had not been."""
+        grams = self.grams(question)
+        own = Counter(chain(*grams)) if counted else Counter()
+        one, two, three = ([self.counts.get(key, 0) - own[key] for key in keys] for keys in grams)
 
         def excess(seen: int, expected: float) -> float:
             return math.log((seen + self.K) / (expected + self.K))

@@ -19,17 +19,20 @@ from socratiq import fused, lora
 
 @contextlib.contextmanager
 def packed(lm: nn.Module, rows: int):
-    """Inside, the model multiplies by packed weights, made for `rows` rows at a time. No gradients pass."""
+    """Inside, the model multiplies by packed weights, made for `rows` rows at a time. No gradients pass, and adapters
+    stay switched on or off as they are at the beginning."""
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else next(lm.parameters()).dtype
     changed, done = {}, set()
     if can_pack(next(lm.parameters()), dtype):
         for module in lm.modules():  # a layer comes before what it is made of
-            if module not in done and can_pack_whole(module):
+            if module in done:
+                continue
+            if can_pack_whole(module):
                 changed[module] = pack_layer(module, rows, dtype)
-                done.update(module.modules())
-            elif module not in done and is_linear(module):  # the head, and layers of other kinds
+            elif is_linear(module):  # the head, and parts of layers of other kinds
                 changed[module] = pack_linears([module], rows, dtype)
+            if module in changed:
                 done.update(module.modules())
     before = {module: module.__dict__.get("forward") for module in changed}  # fused.py's, where it has its own
     for module, forward in changed.items():
@@ -118,7 +121,7 @@ def pack_linears(linears: list[nn.Module], rows: int, dtype: torch.dtype):
     adapted = [linear for linear in linears if isinstance(linear, lora.LoRALinear) and linear.enabled]
     if not adapted:
         return product
-    blocks = [x.lora_B.detach() * x.scale if x in adapted else torch.zeros(x.out_features, 0) for x in linears]
+    blocks = [x.lora_B.detach() * x.scale if x in adapted else torch.zeros(base(x).out_features, 0) for x in linears]
     A = torch.cat([x.lora_A.detach() for x in adapted]).to(dtype)  # (sum of r, in)
     B = torch.block_diag(*blocks).to(dtype)  # (out, sum of r)
     return lambda x: lora.AddLowRank.apply(x, product(x), None, None, A, B, 1.0)

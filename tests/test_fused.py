@@ -209,13 +209,16 @@ def test_packed_layers_compute_the_same(autocast, bias):
     lora.add_lora(layers, 4, targets=("0",))
     layers[0].lora_B.data.normal_()
     x, close = torch.randn(1, 5, 24), 2e-2 if autocast else 1e-5
+    results = []
     for enabled in (True, False):
         lora.enable(layers, enabled)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             plain = layers(x)
             with packed(layers, rows=5):
-                torch.testing.assert_close(layers(x), plain, rtol=close, atol=close)
+                results.append(layers(x))
+                torch.testing.assert_close(results[-1], plain, rtol=close, atol=close)
             assert torch.equal(layers(x), plain)
+    assert not torch.allclose(*results, rtol=1e-1)
 
 
 FAMILIES = {
