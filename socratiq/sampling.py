@@ -123,6 +123,8 @@ class Cache:
             return torch.cat([part for row in rows for part in (start, row, behind)], dim=2)
 
         self.layers[layer] = kept(k), kept(v)
+        # Heads that share a key head ask together, unless they are so few that threads would share them unevenly.
+        self.grouped = q.shape[1] // k.shape[1] if self.samples > 1 else 1
         if self.mask is None and self.samples > 1:
             own = torch.eye(self.samples, dtype=torch.bool, device=k.device).repeat(1, self.room // self.samples)
             self.mask = F.pad(k.new_zeros(own.shape).masked_fill_(~own, float("-inf")), (max(self.lengths), 0))
@@ -141,17 +143,18 @@ class Cache:
             end = start + length + written + self.samples
             self.cuts.append(end - start)  # what is looked at
             seen = slice(longest - length, longest + written + self.samples)
-            self.visible.append(None if self.mask is None else self.mask[:, seen][mine])
+            self.visible.append(None if self.mask is None else self.mask[:, seen][mine.repeat_interleave(self.grouped)])
         self.cuts.append(self.starts[-1] - end)
         self.slots = torch.cat(slots)  # (N,) where the new keys and values go
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """One new token for each of N living samples: q (1, heads, N, d) -> (1, N, heads, d)."""
-        keys, values = self.layers[layer]
-        keys[:, :, self.slots], values[:, :, self.slots] = k, v
-        parts = q.split(self.living, dim=2), *(x.split(self.cuts, dim=2)[1::2] for x in (keys, values)), self.visible
-        out = [  # each (1, heads, K', d)
+        keys, values = (x.index_copy_(2, self.slots, new) for x, new in zip(self.layers[layer], (k, v), strict=True))
+        q = q.unflatten(1, (-1, self.grouped)).transpose(2, 3).flatten(2, 3)  # (1, kv_heads, N * grouped, d)
+        asking = q.split([self.grouped * living for living in self.living], dim=2)
+        asked = (x.split(self.cuts, dim=2)[1::2] for x in (keys, values))
+        out = [  # each (1, kv_heads, K' * grouped, d)
             F.scaled_dot_product_attention(*qkv, attn_mask=mask, scale=scale, enable_gqa=True)
-            for *qkv, mask in zip(*parts, strict=True)
+            for *qkv, mask in zip(asking, *asked, self.visible, strict=True)
         ]
-        return torch.cat(out, dim=2).transpose(1, 2)
+        return torch.cat(out, dim=2).unflatten(2, (-1, self.grouped)).transpose(1, 2).flatten(2, 3)
