@@ -1,4 +1,4 @@
-"""Cheap gates: is this text one question, in a plausible word order, and about this context?
+"""Cheap gates: is this text one question, in words of its own, and about this context?
 
 The reward of `socratiq.scorer` multiplies the strength of a type by the gates of this file. A gate is a number in 0..1
 that is near 1 for almost every genuine question, so that honest questions pay (nearly) nothing, and falls to 0 for the
@@ -7,15 +7,12 @@ strings that an optimiser finds when it chases cue words alone. Pure text and co
 
 import math
 import re
-import zlib
 from collections import Counter
-from itertools import chain
 from typing import NamedTuple
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
 WORD = re.compile(r"[^\W\d_]+")  # letters alone, in the case that they have
 INSIDE = re.compile(r"(?<=[\w,;] )[^\W\d_]+")  # the same behind a word or a comma, where no sentence begins
-ENDINGS = ("ing", "tion", "ed", "ly", "er", "al", "s")
 
 
 def tokens(text: str) -> list[str]:
@@ -67,17 +64,19 @@ GATES = {  # in the order in which the reward multiplies them
 }
 LOW = 0.7  # a gate below it is worth a remark to whoever reads the question
 
-STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
+STUB = Ramp(2, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
 MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
 MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
+TWICE, SLIP = re.compile(r"\b(.+) \1\b"), 0.1  # said twice in a row; what such a question is still worth
 OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
 
 def form(question: str) -> float:
-    """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a word or pair said twice."""
+    """1 for one line that ends in its only question mark and has 5 to 24 words, nothing of it twice in a row, hardly a
+    word or pair twice."""
     text = question.strip()
     said = words(text)
     if not re.fullmatch(r"[^?？\n]*[^\W_][^?？\n\w]*[?？]", text) or not 2 <= len(said) <= 45 or MARKUP.search(text):
@@ -85,6 +84,7 @@ def form(question: str) -> float:
     pairs = list(zip(said, said[1:]))  # noqa: B905, RUF007  (neighbours; itertools.pairwise reads no better)
     marks = len(tokens(text)) - len(said) - 1
     distinct = VARIETY(len(set(said)) / len(said)) * NEW_PAIRS(len(set(pairs)) / len(pairs))
+    distinct *= SLIP if TWICE.search(" ".join(said)) else 1.0
     return STUB(len(said)) * BREVITY(len(said)) * MARKS(marks / len(said)) * distinct
 
 
@@ -134,71 +134,6 @@ class Sentence:
         return float(begins and self.openers.isdisjoint(self.inside(question)))
 
 
-class WordOrder:
-    """How much more often a question's neighbouring words were seen together than chance would have it.
-
-    Of every pair the log of (n(ab) + k) / (n(a) n(b) / N + k), of every triple that of (n(abc) + k) / (n(ab) n(bc) /
-    n(b) + k): counts in the texts it was fitted on, seen over expected, k for what is too rare to tell. Two common
-    words that never met are a seam; two rare ones say nothing. All words but the commonest are replaced by their ending
-    ("<ing>"), so that counts are of the grammar of the texts and not of their subjects. The lowest quarter counts
-    double: one seam in an otherwise good question shows there.
-    """
-
-    VOCABULARY, LOWEST, K = 1000, 0.06, 0.25  # words; share of the rows' questions that are worth less than 1; k
-
-    def __init__(self, vocabulary: list[str], counts: dict[int, int], total: int, ramp: Ramp):
-        self.vocabulary = frozenset(vocabulary)
-        self.counts, self.total, self.ramp = counts, total, ramp  # crc32 of a gram -> how often; N, number of words
-
-    @classmethod
-    def fit(cls, contexts: list[str], questions: list[str]) -> "WordOrder":
-        """Count all texts; set the ramp by the questions, each scored as if it had not been counted."""
-        texts = [*sorted(set(contexts)), *questions]
-        common = Counter(token for text in texts for token in tokens(text))
-        vocabulary = sorted(common, key=lambda token: (-common[token], token))[: cls.VOCABULARY]
-        order = cls(vocabulary, Counter(), 0, Ramp(0.0, 1.0))
-        for text in texts:
-            order.count(text)
-        gains = [order.gain(q, counted=True) for q in questions if len(words(q)) > 1]
-        order.ramp = Ramp.below(gains, cls.LOWEST)
-        return order
-
-    def count(self, text: str) -> None:
-        grams = self.grams(text)
-        self.counts.update(chain(*grams))
-        self.total += len(grams[0])
-
-    def shape(self, token: str) -> str:
-        """A common word or mark itself, a number, another mark, or the ending of another word."""
-        if token in self.vocabulary or not token[0].isalpha():
-            return token if token in self.vocabulary else "<number>" if token[0].isdigit() else "<mark>"
-        return f"<{next((e for e in ENDINGS if token.endswith(e)), 'word')}>"
-
-    def grams(self, text: str) -> list[list[int]]:
-        """Keys of its words, start and end among them, of their pairs and of their triples, in order."""
-        shapes = ["^", *map(self.shape, tokens(text)), "$"]
-        runs = (zip(*(shapes[start:] for start in range(n))) for n in (1, 2, 3))  # noqa: B905  (the shortest ends it)
-        return [[zlib.crc32(" ".join(run).encode()) for run in of_length] for of_length in runs]
-
-    def gain(self, question: str, counted: bool = False) -> float:
-        """The mean over pairs and the triples that they end, in nats, as if a `counted` question had not been."""
-        grams = self.grams(question)
-        own = Counter(chain(*grams)) if counted else Counter()
-        one, two, three = ([self.counts.get(key, 0) - own[key] for key in keys] for keys in grams)
-
-        def excess(seen: int, expected: float) -> float:
-            return math.log((seen + self.K) / (expected + self.K))
-
-        pairs = [excess(ab, a * b / self.total) for ab, a, b in zip(two, one, one[1:])]  # noqa: B905
-        triples = [excess(abc, ab * bc / max(1, b)) for abc, ab, bc, b in zip(three, two, two[1:], one[1:])]  # noqa: B905
-        gains = sorted(map(sum, zip(pairs, [0.0, *triples], strict=True)))
-        lowest = gains[: -(-len(gains) // 4)]
-        return sum(gains + lowest) / len(gains + lowest)
-
-    def __call__(self, question: str) -> float:
-        return self.ramp(self.gain(question))
-
-
 class Overlap:
     """Relatedness without a model, by the word beginnings that question and context share, weighed by their rarity."""
 
@@ -221,29 +156,23 @@ class Overlap:
 
 
 class Fitted(NamedTuple):
-    """The gates that learn from rows: what a scorer keeps of them, and how they are saved."""
+    """The gates that learn from rows, and are saved as settings."""
 
     sentence: Sentence
-    order: WordOrder
     overlap: Overlap
 
     @classmethod
     def fit(cls, contexts: list[str], questions: list[str]) -> "Fitted":
-        return cls(Sentence.fit(contexts, questions), WordOrder.fit(contexts, questions), Overlap.fit(contexts))
+        return cls(Sentence.fit(contexts, questions), Overlap.fit(contexts))
 
-    def state(self) -> tuple[dict, list[int], list[int]]:
-        """Settings, and the grams of word order with their counts, which `of` takes back."""
-        sentence, order, overlap = self
-        keys = sorted(order.counts)  # of 32 bits without a sign, kept in 32 with one
-        settings = {"openers": sorted(sentence.openers), "capital": sentence.capital, "words": order.total}
-        settings |= {"vocabulary": sorted(order.vocabulary), "order": list(order.ramp)}
-        settings |= {"rarest": overlap.rarest, "idf": overlap.idf}
-        return settings, [key - 2**31 for key in keys], [order.counts[key] for key in keys]
+    def state(self) -> dict:
+        """What `of` takes back."""
+        sentence, overlap = self
+        settings = {"openers": sorted(sentence.openers), "capital": sentence.capital}
+        return settings | {"rarest": overlap.rarest, "idf": overlap.idf}
 
     @classmethod
-    def of(cls, settings: dict, grams: list[int], counts: list[int]) -> "Fitted":
+    def of(cls, settings: dict) -> "Fitted":
         """What `state` gave; what is read of the settings is taken out of them."""
-        vocabulary, words, ramp, idf, rarest = map(settings.pop, ("vocabulary", "words", "order", "idf", "rarest"))
-        known = {gram + 2**31: count for gram, count in zip(grams, counts, strict=True)}
-        order = WordOrder(vocabulary, known, words, Ramp(*ramp))
-        return cls(Sentence(settings.pop("openers"), settings.pop("capital")), order, Overlap(idf, rarest))
+        openers, capital, idf, rarest = map(settings.pop, ("openers", "capital", "idf", "rarest"))
+        return cls(Sentence(openers, capital), Overlap(idf, rarest))

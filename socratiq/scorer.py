@@ -7,7 +7,7 @@
 
 Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
 becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
-much more likely the text makes a question, and in the place of the n-gram model of word order how fluent it is
+much more likely the text makes a question, and in the place of word order (`socratiq.word_order`) how fluent it is
 (`socratiq.fluency`). Every gate is in 0..1 and near 1 for nearly all genuine questions. Strength counts a little less
 than the gates: whoever games a classifier gets strengths of 1 and loses nothing by it, while honest questions that are
 merely hard to classify are worth more. Rows labelled `others` are negatives.
@@ -30,12 +30,13 @@ from socratiq.gates import GATES
 from socratiq.grading import Figures, contradictions, place, texts_of
 from socratiq.logistic import BUCKETS, calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
 from socratiq.prompts import build_prompt
+from socratiq.word_order import WordOrder
 
 CALIBRATION_PARTS = 3
 L2_RELATED = 1e-3
 EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another (README)
 SURE, DOUBT = 1.5, 1.0  # relatedness is sigmoid(SURE * (log-odds + DOUBT)), in doubt for the question
-VERSION = 4  # of what is saved; 4: log-probs after the text, word order by seen and expected counts
+VERSION = 5  # of what is saved; 5: word order by pairs of words and a net
 RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
 
 
@@ -46,7 +47,8 @@ class Scorer:
         self.types: list[str] = types
         self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
         self.gates = fitted
-        self.settings = settings  # the texts it was fitted on; of a language model name, signature, ramp of its fluency
+        self.order = WordOrder(tensors, settings["order"]) if "order" in settings else None
+        self.settings = settings  # word order; the texts it was fitted on; of a language model name, signature, fluency
         self.lm = None
         self.warnings: list[str] = []
 
@@ -54,9 +56,9 @@ class Scorer:
     def fit(cls, rows, seed: int = 0, lm=None, only_strengths: bool = False) -> "Scorer":
         """Fit on rows with .context, .question, .type. `lm` (LanguageModel) adds the second layer.
 
-        The order of the rows never matters, nor does the seed: nothing here is random. Raises UserError if no row has a
-        type. `.warnings` of the result names questions that carry two types. With `only_strengths` the result can grade
-        types and gives no rewards: most of the time goes into what a language model has to read for its gates.
+        The order of the rows never matters, nor does the seed: what is drawn is the same each time. Raises UserError if
+        no row has a type. `.warnings` of the result names questions that carry two types. With `only_strengths` the
+        result can grade types and gives no rewards: most of the time goes into what the gates have to learn.
         """
         rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))
         types = sorted({r.type for r in rows} - {"others"})
@@ -69,6 +71,10 @@ class Scorer:
         part = [place(context) % CALIBRATION_PARTS for context in contexts]
         weight, bias = calibrated(fit_ngrams, ngram_logits, questions, target, part)
         tensors, settings = {"weight": weight, "bias": bias}, {"texts": texts_of(rows)}
+        if not only_strengths:
+            order = WordOrder.fit(contexts, questions)
+            tensors |= order.tensors
+            settings["order"] = order.settings
         scorer = cls(types, tensors, gates.Fitted.fit(contexts, questions), settings)
         scorer.warnings = contradictions(rows)
         tensors["related"] = scorer.fit_relatedness(rows)
@@ -165,7 +171,7 @@ class Scorer:
             "sentence": torch.tensor([self.gates.sentence(q) for q in questions]),
         }
         if self.lm is None:
-            parts["order"] = torch.tensor([self.gates.order(q) for q in questions])
+            parts["order"] = self.order(questions)
         *w, bias = self.tensors["related" if self.lm is None else "related_model"]
         own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
         parts["relatedness"] = torch.sigmoid(SURE * (own_text + DOUBT))
@@ -208,10 +214,8 @@ class Scorer:
         from socratiq.files import atomic_write
 
         used = self.tensors["weight"].any(1).nonzero()[:, 0]  # most buckets are empty
-        settings, grams, counts = self.gates.state()
-        settings = {"version": VERSION, "types": self.types, **self.settings, **settings}
+        settings = {"version": VERSION, "types": self.types, **self.settings, **self.gates.state()}
         tensors = {**self.tensors, "weight": self.tensors["weight"][used], "buckets": used}
-        tensors |= {"grams": torch.tensor(grams), "counts": torch.tensor(counts)}
         atomic_write(
             Path(folder) / "scorer.safetensors",
             save({k: v if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}),
@@ -229,10 +233,10 @@ class Scorer:
             read = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
             if read.pop("version", 1) != VERSION:
                 raise ValueError("fitted by another version of socratiq")
-            fitted = gates.Fitted.of(read, tensors.pop("grams").tolist(), tensors.pop("counts").tolist())
+            fitted = gates.Fitted.of(read)
             weight, used = tensors["weight"], tensors.pop("buckets").long()
             tensors["weight"] = torch.zeros(BUCKETS, weight.shape[1]).index_copy_(0, used, weight)
-            tensors["bias"], tensors["related"]  # a KeyError where one is missing
+            tensors["bias"], tensors["related"], tensors["order_out"], read["order"]["median"]  # a KeyError if missing
             return cls(read.pop("types"), tensors, fitted, read)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from socratiq import fit, fluency, gates, grading, logistic
+from socratiq import fit, fluency, gates, grading, logistic, word_order
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.diversity import batch_diversity, diversity_factor
 from socratiq.errors import UserError
@@ -170,7 +169,7 @@ def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
         (folder / "scorer.safetensors").write_bytes(data[:1000])
     elif harm == "part":
         settings = json.loads((folder / "scorer.json").read_text())
-        del settings["vocabulary"]
+        del settings["order"]
         (folder / "scorer.json").write_text(json.dumps(settings))
     elif harm == "buckets":
         tensors = load_file(folder / "scorer.safetensors")
@@ -312,8 +311,9 @@ def test_genuine_questions_pay_little_for_the_gates(scorer):
         ("Why do you think so ?", 1.0),
         ("Why do you call this “fair”?", 1.0),
         ("So, do, you, really think so?", 0.5),  # a mark for two words: less than .4 a word cost nothing, .6 all
-        ("What if?", 0.25),  # two words of the five that pay nothing
-        ("Why do you?", 0.5),
+        ("What if?", 0.0),
+        ("Why do you?", 1 / 3),  # three words: two are worth nothing, five all
+        ("Why do you think that that is so?", 0.1),  # a slip
         ("Why do you think so", 0.0),
         ("Why do you think so.", 0.0),
         ("Why? Do you think so?", 0.0),
@@ -373,48 +373,78 @@ def test_a_question_copied_from_the_instruction_is_not_original(scorer):
 def test_word_order_knows_a_question_from_its_shuffled_words():
     rows = load_rows("sample")
     held = sorted({r.context for r in rows})[:15]
-    order = gates.WordOrder.fit(
-        [r.context for r in rows if r.context not in held], [r.question for r in rows if r.context not in held]
-    )
+    order = word_order.WordOrder.fit(*zip(*[r[:2] for r in rows if r.context not in held], strict=True))
     genuine = [r.question for r in rows if r.context in held]
     rng = random.Random(0)
     shuffled = [" ".join(rng.sample(q[:-1].split(), len(q[:-1].split()))) + "?" for q in genuine]
-    assert (
-        grading.auc(torch.tensor([order.gain(q) for q in genuine]), torch.tensor([order.gain(q) for q in shuffled]))
-        > 0.93
-    )
-    assert sum(map(order, genuine)) / len(genuine) > 0.85
+    assert grading.auc(order.gains(genuine), order.gains(shuffled)) > 0.96
+    assert order(genuine).mean() > 0.9
+
+
+def order_of(vocabulary, pairs, **settings):
+    """Word order by counted pairs alone: its net says nothing."""
+    size = len(vocabulary) + len(word_order.SHAPES)
+    ids = {word: i for i, word in enumerate([*vocabulary, *word_order.SHAPES])}
+    tensors = {
+        "order_pairs": torch.tensor([ids[a] * size + ids[b] for a, b in pairs]),
+        "order_counts": torch.tensor(list(pairs.values())),
+        "order_table": torch.zeros(2 * word_order.SIDE * size, 1),
+        "order_hidden": torch.zeros(1),
+        "order_out": torch.zeros(1),
+        "order_bias": torch.zeros(1),
+    }
+    return word_order.WordOrder(tensors, {"vocabulary": vocabulary, **settings})
 
 
 def test_word_order_by_hand():
     """ "Why not?" after "Why not ask? Why ask?": starts, ends and marks are counted as words are."""
-    order = gates.WordOrder(["why", "not", "ask", "?"], Counter(), 0, gates.Ramp(0, 1))
-    order.count("Why not ask?")
-    order.count("Why ask?")
-    assert order.total == 11
+    pairs = {("<start>", "why"): 2, ("why", "not"): 1, ("why", "ask"): 1, ("not", "ask"): 1, ("ask", "?"): 2}
+    pairs["?", "<end>"] = 2  # 9 joints
 
     def excess(seen, expected):
-        return math.log((seen + 0.25) / (expected + 0.25))
+        return math.log((seen + 0.1) / (expected + 0.1))
 
-    pairs = [excess(2, 2 * 2 / 11), excess(1, 2 * 1 / 11), excess(0, 1 * 2 / 11), excess(2, 2 * 2 / 11)]
-    triples = [0, excess(1, 2 * 1 / 2), excess(0, 0), excess(0, 0 * 2 / 2)]
-    gains = [pair + triple for pair, triple in zip(pairs, triples, strict=True)]
-    assert order.gain("Why not?") == pytest.approx((sum(gains) + min(gains)) / 5)
+    # start why, why not, not ?, ? end
+    gains = [excess(2, 2 * 2 / 9), excess(1, 2 * 1 / 9), excess(0, 1 * 2 / 9), excess(2, 2 * 2 / 9)]
+    gain = (sum(gains) + min(gains)) / 5 + math.log(0.5)  # a net without weights gives every joint one chance in two
+    order = order_of(["why", "not", "ask", "?"], pairs, low=gain + 0.5, median=gain + 1.5)
+    assert order.gains(["Why not?"]).item() == pytest.approx(gain)
+    # half of the way from the median down to the low once more: exp(-4 / 2)
+    assert order(["Why not?"]).item() == pytest.approx(math.exp(-2))
+    assert order(["Why ask?"]).item() == 1.0  # it has gained more than the low
 
 
-def test_word_order_leaves_one_out():
-    """A question scores the same if it was never counted, or was counted and its counts are taken off."""
-    texts = [f"The {a} of the {b} is not the {a} of a king." for a in ("heart", "price") for b in ("town", "sea")]
-    question = "Is the heart of the town the price of a king?"
-    vocabulary = sorted({token for text in (*texts, question) for token in gates.tokens(text)})
-    with_it, without = (gates.WordOrder(vocabulary, Counter(), 0, gates.Ramp(0, 1)) for _ in range(2))
-    for text in texts:
-        with_it.count(text)
-        without.count(text)
-    with_it.count(question)
-    with_it.total = without.total
-    assert with_it.gain(question, counted=True) == pytest.approx(without.gain(question))
-    assert with_it.gain(question) > without.gain(question)
+def test_word_order_counts_what_it_is_fitted_on():
+    fitted = word_order.WordOrder.fit(["No."] * 2, ["Why not ask?", "Why ask?"])
+    size, ids = len(fitted.ids), fitted.ids
+    counts = dict(zip(fitted.tensors["order_pairs"].tolist(), fitted.tensors["order_counts"].tolist(), strict=True))
+    assert counts[ids["<start>"] * size + ids["why"]] == 2 and counts[ids["why"] * size + ids["not"]] == 1
+    assert sum(counts.values()) == 5 + 4 + 3  # the text's words and marks, too
+    assert [fitted.shape(token) for token in ("why", "going", "art", "1984", "…")] == [
+        "why", "<ing>", "<>", "<number>", "<mark>",
+    ]  # fmt: skip
+
+
+def test_the_net_of_word_order_by_hand():
+    """Of two words; each joint has the words 0 1 0 1 0 1 around it."""
+    joints = torch.tensor([[0, 1, 0, 1, 0, 1]])
+    table = torch.zeros(2 * 6, 2)
+    for place, word in enumerate(joints[0].tolist()):
+        table[place * 2 + word] = torch.tensor([1.0, -1.0])
+    table[1] = 99.0  # word 1 in the first place, which has word 0
+    hidden, out, bias = torch.tensor([0.5, 0.5]), torch.tensor([2.0, 7.0]), torch.tensor([-1.0])
+    assert word_order.whole(joints, table, hidden, out, bias).tolist() == [2 * 6.5 - 1]  # the second is below 0
+
+
+def test_broken_joints():
+    here, there = torch.arange(6).expand(6, -1), torch.arange(10, 16).expand(6, -1)
+    broken = word_order.broken_joints(here, there, torch.arange(6)[:, None])
+    assert broken.tolist() == [
+        [0, 2, 1, 3, 4, 5],
+        [0, 1, 3, 2, 4, 5],
+        [0, 1, 2, 4, 3, 5],
+        *[[0, 1, 2, 13, 14, 15]] * 3,
+    ]
 
 
 def test_a_sentence_begins_once_and_as_the_rows_do():
