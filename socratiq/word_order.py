@@ -84,7 +84,7 @@ class WordOrder:
         """The words around every joint, ids (J, 2 * SIDE). There is one joint more than words and marks."""
         around = ["<nothing>"] * (SIDE - 1)
         shapes = [*around, "<start>", *map(self.shape, tokens(text)), "<end>", *around]
-        return torch.tensor([self.ids[shape] for shape in shapes]).unfold(0, 2 * SIDE, 1)
+        return torch.tensor([self.ids[shape] for shape in shapes], dtype=torch.int32).unfold(0, 2 * SIDE, 1)
 
     def gains(self, questions: list[str]) -> torch.Tensor:
         """(N,) in nats a joint."""
