@@ -64,19 +64,17 @@ GATES = {  # in the order in which the reward multiplies them
 }
 LOW = 0.7  # a gate below it is worth a remark to whoever reads the question
 
-STUB = Ramp(2, 5)  # words: "What if?" could be asked of anything
+STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
 VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
 MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
 MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
-TWICE, SLIP = re.compile(r"\b(.+) \1\b"), 0.1  # said twice in a row; what such a question is still worth
 OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
 
 def form(question: str) -> float:
-    """1 for one line that ends in its only question mark and has 5 to 24 words, nothing of it twice in a row, hardly a
-    word or pair twice."""
+    """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a word or pair said twice."""
     text = question.strip()
     said = words(text)
     if not re.fullmatch(r"[^?？\n]*[^\W_][^?？\n\w]*[?？]", text) or not 2 <= len(said) <= 45 or MARKUP.search(text):
@@ -84,7 +82,6 @@ def form(question: str) -> float:
     pairs = list(zip(said, said[1:]))  # noqa: B905, RUF007  (neighbours; itertools.pairwise reads no better)
     marks = len(tokens(text)) - len(said) - 1
     distinct = VARIETY(len(set(said)) / len(said)) * NEW_PAIRS(len(set(pairs)) / len(pairs))
-    distinct *= SLIP if TWICE.search(" ".join(said)) else 1.0
     return STUB(len(said)) * BREVITY(len(said)) * MARKS(marks / len(said)) * distinct
 
 
