@@ -123,15 +123,14 @@ def train(joints: torch.Tensor, vocabulary: int) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW([x.requires_grad_() for x in net.values()], weight_decay=DECAY, fused=True)
     steps = max(1, min(STEPS, EPOCHS * len(joints) // BATCH))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
+    is_whole = torch.cat([torch.ones(BATCH), torch.zeros(BATCH)])
     for _ in range(steps):
         here, there = joints[torch.randint(len(joints), (2, BATCH), generator=draw)]
         broken = broken_joints(here, there, torch.randint(6, (BATCH, 1), generator=draw))
+        counts = torch.cat([torch.ones(BATCH), (broken != here).any(1).float()])  # two neighbours may be the same word
         logits = whole(torch.cat([here, broken]), **net)
-        logits = torch.cat([logits[:BATCH], -logits[BATCH:]])  # the higher, the better
-        changed = (broken != here).any(1).float()  # two neighbours may be the same word
-        loss = F.softplus(-logits) * torch.cat([torch.ones(BATCH), changed])
         optimizer.zero_grad()
-        loss.mean().backward()
+        F.binary_cross_entropy_with_logits(logits, is_whole, counts).backward()
         optimizer.step()
         schedule.step()
     net = {name: x.detach() for name, x in net.items()}
