@@ -131,6 +131,7 @@ def run_stage():
     from socratiq.prompts import decode, encode_prompt
     from socratiq.rewards import load_reward
     from socratiq.sampling import sample
+    from socratiq.taxonomy import OTHERS
 
     class Rollout(NamedTuple):
         """What one iteration learns from: B prompts, K questions each, at most C tokens."""
@@ -156,7 +157,8 @@ def run_stage():
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     distributed.shard(policy)
-    reward = load_reward(args, held_out_contexts)
+    types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS})
+    reward = load_reward(args, held_out_contexts, types)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
     kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
 

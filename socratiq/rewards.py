@@ -33,17 +33,21 @@ class Reward:
         return rewards, parts
 
 
-def load_reward(args, held_out: list[str]) -> Reward:
+def load_reward(args, held_out: list[str], types: list[str]) -> Reward:
     """The reward of --scorer, or `module:function` of --reward, found from the folder one is in.
 
-    Raises UserError if there is none, or if the scorer has learnt from a text that is held out.
+    Questions are asked of the types that the scorer knows, for a function those of the rows, `types`. Raises UserError
+    if there is no such reward, or if the scorer has learnt from a text that is held out.
     """
-    scorer, name = Scorer.load(args.scorer), args.reward
+    name = args.reward
     if name is None:
+        scorer = Scorer.load(args.scorer)
         model = scorer.settings.get("model", "none")
         fit.check_unseen("scorer", args, scorer.settings.get("texts"), held_out, model)
         scorer.with_language_model(open_language_model(model, args.device, args.dtype))
         return Reward(scorer.graded, scorer.types)
+    if not types:
+        raise UserError(f"{args.data}: no row names a type to ask for; label some, or leave out --reward")
     module_name, colon, function_name = name.partition(":")
     if not colon:
         raise UserError(f"--reward {name}: expected MODULE:FUNCTION, such as my_reward:reward")
@@ -54,4 +58,4 @@ def load_reward(args, held_out: list[str]) -> Reward:
         raise UserError(f"--reward {name}: {error}") from None
     if not callable(function):
         raise UserError(f"--reward {name}: {function_name} is no function")
-    return Reward(lambda *columns: (function(*columns), {}), scorer.types)
+    return Reward(lambda *columns: (function(*columns), {}), types)

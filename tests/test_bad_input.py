@@ -517,6 +517,10 @@ RUNS = [
         "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it, or fit it anew: python -m socratiq.scorer "
         "--data two.jsonl --held-out 0.5 --seed 0 --out scorer",
     ),
+    (
+        [*PPO, "--reward", "my_reward:reward", "--data", "others.jsonl"],
+        "others.jsonl: no row names a type to ask for; label some, or leave out --reward",
+    ),
     ([*PPO, "--reward", "my_reward"], "--reward my_reward: expected MODULE:FUNCTION, such as my_reward:reward"),
     ([*PPO, "--reward", "no_such_module:reward"], "--reward no_such_module:reward: No module named 'no_such_module'"),
     ([*PPO, "--reward", "json:gone"], "--reward json:gone: module 'json' has no attribute 'gone'"),

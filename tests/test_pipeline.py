@@ -145,7 +145,6 @@ def test_four_scripts_on_tiny_train_every_weight(tmp_path):
         tmp_path / "dpo",
         *full,
     )
-    run("-m", "socratiq.scorer", "--data", rows, "--out", tmp_path / "scorer")
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     command = [
         sys.executable,
@@ -157,7 +156,7 @@ def test_four_scripts_on_tiny_train_every_weight(tmp_path):
         "--out",
         tmp_path / "ppo",
     ]
-    command += ["--reward", "wordy:reward", "--scorer", tmp_path / "scorer", "--max-new-tokens", "12", *map(str, full)]
+    command += ["--reward", "wordy:reward", "--max-new-tokens", "12", *map(str, full)]  # which needs no scorer
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     check_outputs(tmp_path)
