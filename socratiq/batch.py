@@ -12,8 +12,8 @@ run once, however many completions follow:
 The B rows of a batch stand one behind the other in a single sequence of N tokens. What all prompts begin with (the
 instruction, a quarter of a typical prompt) stands in front, once: every row sees it, and it is run once. Everything a
 transformer does to tokens one by one (projections, norms, MLP: nearly all of its time) therefore runs without padding.
-Attention, the only part in which tokens meet, runs row by row. The language-model head runs on the scored positions
-alone.
+Attention, the only part in which tokens meet, runs row by row, or on a GPU as one call. The language-model head runs on
+the scored positions alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from socratiq import fused
 
 FILLED = 512  # batches of more tokens are filled up to a multiple of fused.ROUND, so that sizes repeat
 SHORT = 512  # keys of a row up to which the CPU's attention is that of fused.py
+AT_ONCE = 2048  # and up to which a GPU attends to all rows in one call
 
 
 class Batch(NamedTuple):
@@ -42,10 +43,7 @@ class Batch(NamedTuple):
 
     def to(self, device) -> Batch:
         return self._replace(
-            **{
-                name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "tokens", "mask", "read")
-            },
-            attend=self.attend.to(device),
+            **{name: getattr(self, name).to(device) for name in ("input_ids", "position_ids", "tokens", "mask", "read")}
         )
 
 
@@ -60,12 +58,10 @@ class RowAttention:
         self.lengths, self.masks, self.shared = lengths, masks, shared
         self.ready: dict = {}  # masks as `attend` wants them: made in the first layer, used in all
 
-    def to(self, device) -> RowAttention:
-        masks = [None if mask is None else mask.to(device) for mask in self.masks]
-        return RowAttention(self.lengths, masks, self.shared)
-
     def __call__(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
+        if fused.starts_cost(q.device) and self.shared + max(self.lengths) <= AT_ONCE:
+            return self.at_once(q, k, v, scale)
         (q0, *q_rows), (k0, *k_rows), (v0, *v_rows) = (x.split([self.shared, *self.lengths], dim=2) for x in (q, k, v))
         outputs = [attend(q0, k0, v0, self.mask(None, q0, k0), scale)] if self.shared else []
         for b, (q_row, k_row, v_row) in enumerate(zip(q_rows, k_rows, v_rows, strict=True)):
@@ -73,6 +69,49 @@ class RowAttention:
                 k_row, v_row = torch.cat([k0, k_row], dim=2), torch.cat([v0, v_row], dim=2)
             outputs.append(attend(q_row, k_row, v_row, self.mask(b, q_row, k_row), scale))  # each (1, heads, L, d)
         return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, heads, d)
+
+    def at_once(self, q, k, v, scale: float) -> torch.Tensor:
+        """The same in one call, rows filled up to the longest (fused.starts_cost)."""
+        take, back, mask = self.grid(q, groups := q.shape[1] // k.shape[1])
+        rows, width = take.shape
+
+        def filled(x):  # (1, heads, N, d) -> (R, heads, L, d)
+            return x.transpose(1, 2)[0].index_select(0, take.flatten()).unflatten(0, (rows, width)).transpose(1, 2)
+
+        def whole(x):  # (1, kv_heads, N, d) -> (R, kv_heads, shared + L, d)
+            return torch.cat([x[:, :, : self.shared].expand(rows, -1, -1, -1), filled(x)], dim=2)
+
+        # Heads that share a key head ask together, so that keys need not be held once for each.
+        asking = filled(q).unflatten(1, (-1, groups)).flatten(2, 3)  # (R, kv_heads, groups * L, d)
+        out = F.scaled_dot_product_attention(asking, whole(k), whole(v), attn_mask=mask, scale=scale)
+        out = out.unflatten(2, (groups, width)).permute(0, 3, 1, 2, 4)  # (R, L, kv_heads, groups, d)
+        return out.flatten(2, 3).flatten(0, 1).index_select(0, back)[None]
+
+    def grid(self, q, groups: int):
+        """Where tokens stand when R rows of L places are attended to at once, the common start being a row of its own.
+
+        Returns the token (R, L) at each place, the place (N,) in R * L of each token, and what is added to the scores
+        (R, 1, groups * L, shared + L). A place behind the end of a row holds its last token, which nobody sees there.
+        """
+        if q.dtype not in self.ready:
+            lengths, masks = [self.shared, *self.lengths], [None, *self.masks]
+            if not self.shared:
+                lengths, masks = lengths[1:], masks[1:]
+            width = max(lengths)
+            width += -(self.shared + width) % 8  # as the kernels like it
+            places, ends = torch.arange(width), torch.tensor(lengths).cumsum(0)
+            starts = ends - torch.tensor(lengths)
+            take = torch.minimum(starts[:, None] + places, ends[:, None] - 1)
+            back = torch.cat([row * width + places[:length] for row, length in enumerate(lengths)])
+            visible = torch.ones(len(lengths), width, self.shared + width, dtype=torch.bool)
+            for row, (length, mask) in enumerate(zip(lengths, masks, strict=True)):
+                causal = places[:length, None] >= places
+                own = causal if mask is None else F.pad(mask[:, self.shared :], (0, width - length))
+                visible[row, :length] = F.pad(own, (self.shared, 0), value=row > 0)  # row 0 has the start as its own
+            take, back, visible = (x.to(q.device) for x in (take, back, visible))
+            added = q.new_zeros(visible.shape).masked_fill_(~visible, float("-inf"))
+            self.ready[q.dtype] = take, back, added.repeat(1, groups, 1)[:, None]
+        return self.ready[q.dtype]
 
     def mask(self, b: int | None, q, k):
         """Of row b, or of the common start (None); causal rows of one length have one."""
@@ -85,9 +124,9 @@ class RowAttention:
 
 def ready_mask(visible: torch.Tensor | None, q, k):
     """What `attend` wants to know for these q and k, made of (Lq, Lk), True where q may look, or of None for causal."""
-    if short(q, k):
+    if short(q, k):  # on the CPU
         return fused.additive_mask(visible, q, k)
-    return causal_lower_right(q.shape[2], k.shape[2]) if visible is None else visible
+    return causal_lower_right(q.shape[2], k.shape[2]) if visible is None else visible.to(q.device)
 
 
 def short(q, k) -> bool:

@@ -20,6 +20,11 @@ from torch.autograd.function import once_differentiable
 ROUND = 32
 
 
+def starts_cost(device: torch.device) -> bool:
+    """Whether starting an operation takes longer than a small one itself: on a GPU, where many at once cost no more."""
+    return device.type != "cpu"
+
+
 def passing(like, dtype=None):
     """An empty tensor like another, for what is not kept until the backward pass.
 
@@ -183,7 +188,15 @@ def _linear_forward(module, x):
 def _norm_forward(module, x):
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return RMSNorm.apply(x, module.weight, module.variance_epsilon, dtype)
+    return normed(module, x, dtype)
+
+
+def normed(norm, x, dtype):
+    """RMSNorm as above; on a GPU PyTorch has it as one kernel."""
+    if not starts_cost(x.device):
+        return RMSNorm.apply(x, norm.weight, norm.variance_epsilon, dtype)
+    with torch.autocast(x.device.type, enabled=False):  # which would keep x in float32 for the backward pass
+        return F.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon).to(dtype)
 
 
 @contextlib.contextmanager
@@ -255,7 +268,12 @@ def _through_norm(norm, module, x, **kwargs):
     """module(norm(x)); the normed tokens are computed again in the backward pass."""
     y, x = norm(x), x.detach()
     dtype = y.dtype
-    with again(y, lambda: rms_norm(x, norm.weight.detach(), norm.variance_epsilon, dtype)[0]):
+
+    def compute():
+        with torch.no_grad():
+            return normed(norm, x, dtype)
+
+    with again(y, compute):
         return module(y, **kwargs)
 
 

@@ -220,8 +220,10 @@ def load_policy(
     in `dtype`. With `grad_checkpoint` a layer keeps its input alone for the backward pass, which runs it once more.
     """
     allocator.tune()  # before the first large tensor is made
-    where, kind = pick_device(device), None
+    where = pick_device(device)
     kind = pick_dtype(dtype, where)
+    if where.type == "cuda":  # cuDNN's attention is planned anew for new lengths: a tenth of a second, at times two
+        torch.backends.cuda.enable_cudnn_sdp(False)
     full = trainable and lora_rank == 0
     if load_in_4bit:
         check_4bit(full)
@@ -235,9 +237,12 @@ def load_policy(
     lm.to("cpu" if trainable and distributed.world() > 1 else where).eval()
     if grad_checkpoint:  # transformers' layers look after it themselves
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    # Both want train mode, which changes no number, dropout being off: layers look at it before they checkpoint, and in
-    # eval mode bitsandbytes may repack a weight for inference, after which it passes no gradient.
-    lm.train(grad_checkpoint or load_in_4bit)
+    # Train mode changes no number, dropout being off. Layers look at it before they checkpoint, and in eval mode
+    # bitsandbytes may repack a weight for inference, after which it passes no gradient.
+    lm.train(grad_checkpoint)
+    for module in lm.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train()
     if full and distributed.world() == 1 and lm.lm_head.weight is lm.model.embed_tokens.weight:
         # The embedding's few rows of gradient are added to the head's, instead of a whole matrix of zeros around them.
         lm.model.embed_tokens.sparse = True

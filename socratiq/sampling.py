@@ -1,7 +1,8 @@
 """Batched sampling with a key-value cache: each prompt is run once for its K samples, finished samples leave the work.
 
 Keys and values are held once per prompt, for all its K samples, with room behind them for what the samples write, token
-by token; no sample sees what a sibling wrote. Nothing is run for padding or for samples that have finished.
+by token; no sample sees what a sibling wrote. Nothing is run for padding or for samples that have finished, but for a
+GPU (static_cache.py), to which that is cheaper than new shapes.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 
-from socratiq import allocator, distributed
+from socratiq import allocator, distributed, fused
 from socratiq.batch import RowAttention, common_start
 from socratiq.model import Policy
 from socratiq.packed import packed
+from socratiq.static_cache import StaticCache
 
 
 def sample(
@@ -63,7 +65,10 @@ def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds
     shared = common_start(prompts)
     parts = [prompts[0][:shared], *(prompt[shared:] for prompt in prompts)]
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    cache = Cache(lengths.tolist(), samples, max_new_tokens, shared)
+    if fused.starts_cost(policy.device):
+        cache = StaticCache(lengths.tolist(), samples, max_new_tokens, shared, policy.device)
+    else:
+        cache = Cache(lengths.tolist(), samples, max_new_tokens, shared)
     input_ids = torch.tensor([token for part in parts for token in part], device=policy.device)
     position_ids = torch.cat([torch.arange(shared), *(torch.arange(shared, length) for length in lengths)])
     position_ids = position_ids.to(policy.device)
@@ -72,7 +77,6 @@ def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds
 
     # 2. Decode the living samples, one token each at a time.
     alive = torch.arange(batch * samples, device=policy.device)  # (N,) samples that have not finished
-    last_position = (lengths - 1).repeat_interleave(samples).to(policy.device)  # (B*K,)
     completions: list[list[int]] = [[] for _ in range(batch * samples)]
     for step in range(max_new_tokens):
         tokens = draw(logits, uniforms[alive, step], temperature)  # (N,)
@@ -88,9 +92,7 @@ def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds
             nothing = torch.zeros(1, dtype=torch.long, device=policy.device)
             logits = policy(nothing, nothing, RowAttention([1], [None]), nothing)["logits"][:0]
             continue
-        cache.keep(alive, step)
-        everything = torch.arange(len(alive), device=policy.device)
-        logits = policy(tokens, last_position[alive] + step + 1, cache.decode, everything)["logits"]  # (N, V)
+        logits = cache.step(policy, alive, tokens, step)  # (N, V)
     return [completions[b * samples : (b + 1) * samples] for b in range(batch)]
 
 
@@ -129,6 +131,12 @@ class Cache:
             own = torch.eye(self.samples, dtype=torch.bool, device=k.device).repeat(1, self.room // self.samples)
             self.mask = F.pad(k.new_zeros(own.shape).masked_fill_(~own, float("-inf")), (max(self.lengths), 0))
         return self.rows(layer, q, k, v, scale)
+
+    def step(self, policy, alive: torch.Tensor, tokens: torch.Tensor, step: int) -> torch.Tensor:
+        """Run the model on the token that each of the samples `alive` (N,) has drawn last -> logits (N, V)."""
+        self.keep(alive, step)
+        positions = torch.tensor(self.lengths, device=alive.device)[alive // self.samples] + step
+        return policy(tokens, positions, self.decode, torch.arange(len(alive), device=alive.device))["logits"]
 
     def keep(self, alive: torch.Tensor, step: int) -> None:
         """Say which samples (indices into B*K, in order) are decoded next, and how many tokens they had before."""

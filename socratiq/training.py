@@ -28,11 +28,14 @@ from socratiq.run import Run
 
 
 def repeatable(wanted: bool) -> None:
-    """Choose kernels that add in a fixed order, as those of the CPU do; where a GPU has none, PyTorch warns."""
+    """Choose kernels that add in a fixed order, as those of the CPU do; where a GPU has none, PyTorch raises.
+
+    It would only warn if asked to, but then leaves attention as it is.
+    """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
 
 
 def make_optimizer(policy, lr: float, eps: float = 1e-8) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """Gradients written by hand (fused.py, lora.py, short rows in batch.py) against autograd on the plain expression."""
 
+import random
 import weakref
 
 import pytest
@@ -279,3 +280,30 @@ def test_packed_layers_are_plain_again_after_an_error():
     with pytest.raises(RuntimeError), torch.no_grad(), packed(layer, rows=1):
         layer(torch.randn(1, 9))
     assert "forward" not in vars(layer[0])
+
+
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("shared", [0, 7])
+def test_rows_attended_to_at_once_are_those_one_by_one(samples, shared):
+    """As a GPU does it, on rows of all lengths: the value, and the gradient of every query, key and value."""
+    draw = random.Random(samples)
+    prompts = [[9] * shared + [b] + [5] * draw.randrange(20) for b in range(5)]
+    completions = [[[1] * draw.randrange(9) for _ in range(samples)] for _ in prompts]
+    rows = make_batch(prompts, completions).attend
+    tokens = rows.shared + sum(rows.lengths)
+    inputs = numbers(1, 6, tokens, 8), numbers(1, 2, tokens, 8), numbers(1, 2, tokens, 8)
+    compare(lambda *qkv: rows.at_once(*qkv, 0.3), lambda *qkv: rows(0, *qkv, 0.3), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_as_one_kernel_is_the_same_norm(dtype, monkeypatch):
+    norm, x = torch.nn.Module(), numbers(2, 5, 16)
+    norm.weight, norm.variance_epsilon = torch.nn.Parameter(1 + numbers(16).detach()), 1e-5
+    ours = fused.normed(norm, x, dtype)
+    monkeypatch.setattr(fused, "starts_cost", lambda device: True)
+    plain = fused.normed(norm, x, dtype)
+    assert ours.dtype == plain.dtype == dtype
+    close = {"rtol": 1e-2 if dtype == torch.bfloat16 else 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(ours, plain, **close)
+    for a, b in zip(*(torch.autograd.grad(y.sum(), (x, norm.weight)) for y in (ours, plain)), strict=True):
+        torch.testing.assert_close(a, b, **close)

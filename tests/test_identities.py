@@ -6,10 +6,17 @@ import pytest
 import torch
 from small import EOS, small_lm, small_policy, small_rows, stir
 
+from socratiq import fused
 from socratiq.batch import make_batch
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
 from socratiq.model import Policy, load_policy, token_logprobs
 from socratiq.sampling import sample
+
+
+@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
+def layout(request, monkeypatch):
+    """Everything twice: rows and samples one by one without padding, and all at once in shapes that stay."""
+    monkeypatch.setattr(fused, "starts_cost", lambda device: request.param == "as on a GPU")
 
 
 def close(actual, expected, tolerance=2e-5):
