@@ -34,6 +34,7 @@ def parse_arguments():
     parser.add_argument("--trl-python", default=".venv-trl/bin/python", help='its interpreter; "" runs our side alone')
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data", default="sample")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--lora-rank", type=int, default=0, help="0 trains every weight")
     parser.add_argument("--batch", type=int, default=None, help="rows a step (sft 8, dpo 4, ppo and generate 16)")
@@ -167,7 +168,8 @@ def main():
 
     peak = max(peaks)
     lora = f"LoRA {args.lora_rank}" if args.lora_rank else "full"
-    print(f"{args.work}, {lora}, {args.dtype}, {args.batch} rows, K {args.samples}, {args.threads} threads")
+    where = f"{args.threads} threads" if args.device == "cpu" else args.device
+    print(f"{args.work}, {lora}, {args.dtype}, {args.batch} rows, K {args.samples}, {where}")
     print(f"matrix-multiply peak {peak / 1e9:.0f} GFLOP/s (measured {median_and_spread([x / 1e9 for x in peaks])})")
     figures = {"peak_gflops": peak / 1e9, **{name: getattr(args, name) for name in vars(args) if name != "json"}}
     seconds = {}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import side
 
-parent, plan = side.Parent(), json.loads(Path(sys.argv[1]).read_text())
-parent.dtype = plan["dtype"]
+plan = json.loads(Path(sys.argv[1]).read_text())
+parent = side.Parent(plan)
 side.allocator(plan["allocator"])
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -23,7 +23,7 @@ from socratiq.sampling import sample  # noqa: E402
 work, size = plan["work"], plan["batch"]
 policy = load_policy(
     plan["model"],
-    device="cpu",
+    device=plan["device"],
     dtype=plan["dtype"],
     lora_rank=plan["lora_rank"],
     value_head=work == "ppo",
@@ -44,12 +44,13 @@ def update(loss):
 
 
 def sft(rows):
-    batch = make_batch([row["prompt"] for row in rows], [[row["chosen"]] for row in rows])
+    batch = make_batch([row["prompt"] for row in rows], [[row["chosen"]] for row in rows]).to(policy.device)
     return update(losses.sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask)), batch.input_ids.numel()
 
 
 def pair_logps(rows):
-    batch = make_batch([row["prompt"] for row in rows], [[row["chosen"], row["rejected"]] for row in rows])
+    completions = [[row["chosen"], row["rejected"]] for row in rows]
+    batch = make_batch([row["prompt"] for row in rows], completions).to(policy.device)
     return losses.sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask), batch  # (B, 2)
 
 
@@ -66,19 +67,19 @@ def dpo(rows):
 def ppo(rows):
     prompts, samples = [row["prompt"] for row in rows], plan["samples"]
     completions = sample(policy, prompts, samples, plan["new_tokens"], eos_id=-1, seeds=0)
-    everything = make_batch(prompts, completions)
+    everything = make_batch(prompts, completions).to(policy.device)
     with torch.no_grad():
         old = token_logprobs(policy, everything)
         with policy.reference():
             reference = token_logprobs(policy, everything)["logprobs"]
     mask = everything.mask
-    scores = torch.zeros(len(prompts), samples)
+    scores = torch.zeros(len(prompts), samples, device=policy.device)
     rewards = losses.shape_rewards(scores, old["logprobs"], reference, mask, 0.05)
     advantages, returns = losses.gae(rewards, old["values"], mask, 1.0, 0.95)
     advantages = losses.whiten(advantages, mask)
     for _ in range(plan["epochs"]):
         for chosen in torch.randperm(len(prompts)).split(len(prompts) // plan["minibatches"]):
-            batch = make_batch([prompts[i] for i in chosen], [completions[i] for i in chosen])
+            batch = make_batch([prompts[i] for i in chosen], [completions[i] for i in chosen]).to(policy.device)
             new = token_logprobs(policy, batch)
             loss, _ = losses.policy_loss(new["logprobs"], old["logprobs"][chosen], advantages[chosen], batch.mask, 0.2)
             value_loss, _ = losses.value_loss(new["values"], old["values"][chosen], returns[chosen], batch.mask, 0.2)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import side
 
-parent, plan = side.Parent(), json.loads(Path(sys.argv[1]).read_text())
-parent.dtype = plan["dtype"]
+plan = json.loads(Path(sys.argv[1]).read_text())
+parent = side.Parent(plan)
 side.allocator(plan["allocator"])
 
 import torch  # noqa: E402
@@ -44,7 +44,7 @@ common = {
     "max_grad_norm": 1.0,
     "gradient_checkpointing": False,
     "bf16": bf16,
-    "use_cpu": True,
+    "use_cpu": plan["device"] == "cpu",
     "dataloader_pin_memory": False,
     "logging_steps": 1,
     "save_strategy": "no",
@@ -183,12 +183,12 @@ def ppo():
 
 
 def generate():
-    model.eval()
+    model.eval().to(plan["device"])
     tokenizer.padding_side = "left"
     for start in range(0, len(plan["rows"]), plan["batch"]):
         parent.wait()
         prompts = [row["prompt"] for row in plan["rows"][start : start + plan["batch"]]]
-        encoded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        encoded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(plan["device"])
         model.generate(
             **encoded,
             do_sample=True,
