@@ -11,10 +11,10 @@ from small import small_lm
 
 from socratiq import fused, lora
 from socratiq.batch import RowAttention, attend, common_start, make_batch, ready_mask
+from socratiq.cache import Cache
 from socratiq.lora import AddLowRank
 from socratiq.model import Policy
 from socratiq.packed import packed
-from socratiq.sampling import Cache
 
 
 def numbers(*shape):
@@ -251,17 +251,14 @@ def test_packed_models_compute_the_same(family, autocast, adapted):
     whole = [fused.is_fused_layer(layer) for layer in lm.model.layers]
     assert whole == [family != "Gemma"] * 2
 
-    prompts = [[1, 5, 7, 9], [1, 5, 8], [1, 5, 7, 6, 11, 3]]
+    prompts = [[1, 5, 8], [1, 5, 7, 9], [1, 5, 7, 6, 11, 3]]
 
     def logits():
-        cache, given = Cache([4, 3, 6], 1, 4), [token for prompt in prompts for token in prompt]
+        cache, given = Cache([3, 4, 6], 1, 4, 0, torch.device("cpu")), [token for prompt in prompts for token in prompt]
         positions = [place for prompt in prompts for place in range(len(prompt))]
-        yield policy(*map(torch.tensor, (given, positions)), cache.prefill, torch.tensor([3, 6, 12]))["logits"]
+        yield policy(*map(torch.tensor, (given, positions)), cache.prefill, torch.tensor([2, 6, 12]))["logits"]
         for step, alive in enumerate(([0, 1, 2], [0, 2], [0, 2])):
-            cache.keep(torch.tensor(alive), step)
-            positions = [len(prompts[b]) + step for b in alive]
-            tokens = torch.tensor([b + 20 + step for b in alive])
-            yield policy(tokens, torch.tensor(positions), cache.decode, torch.arange(len(alive)))["logits"]
+            yield cache.step(policy, torch.tensor(alive), torch.tensor([b + 20 + step for b in alive]))
 
     policy = Policy(lm, autocast=autocast)
     with torch.no_grad(), policy.precision():
