@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from socratiq import distributed, fused
-from socratiq.batch import RowAttention, attend
+from socratiq.batch import RowAttention, attend, short
 
 BLOCK = 8  # prompts, on the CPU
 
@@ -120,8 +120,10 @@ class Cache:
         for block in self.blocks:  # where a prompt's keys stand together, so that none has to be copied again
             keys, values = block.layers[layer]
             for row, b in enumerate(block.prompts):
-                fill, length = -lengths[b] % fused.ROUND, shared + lengths[b]
-                mask = self.rows.mask(b, asking[b + 1], keys[:, :, :length])  # of a row that is filled up
+                length = shared + lengths[b]
+                mask = self.rows.mask(b, asking[b + 1], keys[:, :, :length])
+                # The mask of a short row is that of one filled up (fused.additive_mask).
+                fill = -lengths[b] % fused.ROUND if short(asking[b + 1], keys[:, :, :length]) else 0
                 asked = (x[row : row + 1, :, : length + fill] for x in (keys, values))
                 filled = F.pad(asking[b + 1], (0, 0, 0, fill))
                 seen = F.scaled_dot_product_attention(filled, *asked, attn_mask=mask, scale=scale, enable_gqa=True)

@@ -312,6 +312,15 @@ def test_samples_come_from_the_distribution_that_is_trained(temperature):
         assert abs(seen - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1 / count
 
 
+def test_long_prompts_are_sampled_as_short_ones_are(monkeypatch):
+    policy = small_policy()
+    prompts, _ = small_rows(rows=6)
+    short = sample(policy, prompts, 2, max_new_tokens=8, eos_id=EOS, seeds=3)
+    monkeypatch.setattr("socratiq.batch.SHORT", 0)
+    monkeypatch.setattr("socratiq.batch.AT_ONCE", 0)
+    assert sample(policy, prompts, 2, max_new_tokens=8, eos_id=EOS, seeds=3) == short
+
+
 def test_a_prompt_s_samples_do_not_depend_on_its_neighbours():
     policy = small_policy()
     prompts, _ = small_rows()
