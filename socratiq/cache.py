@@ -56,9 +56,9 @@ class Block:
 
     def leave(self, going_on: list[int]) -> None:
         """Give up the prompts that are not among these."""
-        rows = torch.tensor([row for row, prompt in enumerate(self.prompts) if prompt in going_on])
+        rows = [row for row, prompt in enumerate(self.prompts) if prompt in going_on]
         if len(rows) < len(self.prompts):
-            self.prompts = [self.prompts[row] for row in rows.tolist()]
+            self.prompts, rows = [self.prompts[row] for row in rows], torch.tensor(rows, dtype=torch.long)
             self.mask = self.mask[rows]
             self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
 

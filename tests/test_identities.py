@@ -322,8 +322,10 @@ def test_long_prompts_are_sampled_as_short_ones_are(monkeypatch):
 
 
 def test_a_prompt_s_samples_do_not_depend_on_its_neighbours():
+    """Of 20 prompts, two blocks and a half, some of which are over long before the others."""
     policy = small_policy()
-    prompts, _ = small_rows()
-    together = sample(policy, prompts, 3, max_new_tokens=6, eos_id=EOS, seeds=[5, 6, 7, 8])
-    for prompt, seed, row in zip(prompts, [5, 6, 7, 8], together, strict=True):
-        assert sample(policy, [prompt], 3, max_new_tokens=6, eos_id=EOS, seeds=[seed]) == [row]
+    prompts, _ = small_rows(rows=20)
+    for samples in (1, 3):
+        together = sample(policy, prompts, samples, max_new_tokens=30, eos_id=EOS, seeds=range(20))
+        for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
+            assert sample(policy, [prompt], samples, max_new_tokens=30, eos_id=EOS, seeds=[seed]) == [row]
