@@ -15,7 +15,7 @@ from socratiq.sampling import sample
 
 @pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
 def layout(request, monkeypatch):
-    """Everything twice: rows and samples one by one without padding, and all at once in shapes that stay."""
+    """Everything twice: rows one by one and samples in small blocks, and all at once in shapes that stay."""
     monkeypatch.setattr(fused, "starts_cost", lambda device: request.param == "as on a GPU")
 
 
