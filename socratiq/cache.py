@@ -1,10 +1,10 @@
 """The sampler's keys and values: those of a prompt once for all its K samples, with room behind for what they write.
 
-Prompts of like length make a block, filled up to its longest, whose next tokens attend in one call. On the CPU blocks
-are small, so that little is filled up, a prompt leaves when its last sample has finished, and nobody looks behind the
-last token. On a GPU there is one block, every tensor keeps its shape and its place, and finished samples stay, unheard:
-starting kernels takes longer there than running them, and a list of kernels that is always the same is started as one,
-by a CUDA graph.
+Prompts of like length make a block, filled up to its longest, whose next tokens attend in one call. On the CPU little
+is filled up, prompts whose last samples have finished leave, several at a time, and nobody looks behind the last token.
+On a GPU there is one block, every tensor keeps its shape and its place, and finished samples stay, unheard: starting
+kernels takes longer there than running them, and a list of kernels that is always the same is started as one, by a CUDA
+graph.
 """
 
 from __future__ import annotations
@@ -15,25 +15,27 @@ import torch.nn.functional as F
 from socratiq import distributed, fused
 from socratiq.batch import RowAttention, attend, short
 
-BLOCK = 8  # prompts, on the CPU
+# On the CPU:
+FILL = 900  # tokens that the prompts of a block are filled up with at most: reading as many costs as much as a call
+STAY = 0.75  # of a block's prompts, at most, go on when the others leave it, since all that stays is copied
 
 
 class Block:
     """G prompts with K samples each. Token t of sample k has the place longest + t * K + k, behind those of prompts."""
 
-    def __init__(self, first: int, tokens: list[torch.Tensor], samples: int, room: int, device: torch.device):
-        """`tokens[g]` are the places of prompt first + g's tokens among those that are run; `room` is K * T or more."""
+    def __init__(self, prompts: list[int], tokens: list[torch.Tensor], samples: int, room: int, device: torch.device):
+        """`tokens[b]` are the places of prompt b's tokens among those that are run; `room` is K * T or more."""
+        tokens = [tokens[b] for b in prompts]
         lengths = [len(own) for own in tokens]
-        self.prompts, self.samples = list(range(first, first + len(tokens))), samples
+        self.prompts, self.samples = prompts, samples
         self.longest = max(lengths)
         self.width = self.longest + room
         self.width += -self.width % 8  # as the kernels like it
         # The token at each place of a prompt (G, longest); behind its end stands its last one, unseen.
         take = [F.pad(own, (0, self.longest - len(own)), value=int(own[-1])) for own in tokens]
         self.take = torch.stack(take).to(device)
-        self.seen = (torch.arange(self.width) < torch.tensor(lengths)[:, None])[:, None, None].to(
-            device
-        )  # of the prompts
+        seen = torch.arange(self.width) < torch.tensor(lengths)[:, None]  # of the prompts
+        self.seen = seen[:, None, None].to(device)  # (G, 1, 1, width)
         self.sample = torch.arange(samples, device=device)
         self.slots = self.longest - samples + self.sample  # (K,) places of the last token, before there is one
         # Heads that share a key head ask together, but for a single token on the CPU, where each asks as fast.
@@ -54,10 +56,10 @@ class Block:
             mask = k.new_zeros(self.seen.shape).masked_fill_(~self.seen, float("-inf"))
             self.mask = mask.repeat(1, q.shape[1] // k.shape[1] if self.together else 1, self.samples, 1)
 
-    def leave(self, going_on: list[int]) -> None:
-        """Give up the prompts that are not among these."""
+    def leave(self, going_on: set[int]) -> None:
+        """Give up the prompts that are not among these, if they are many enough."""
         rows = [row for row, prompt in enumerate(self.prompts) if prompt in going_on]
-        if len(rows) < len(self.prompts):
+        if len(rows) <= STAY * len(self.prompts):
             self.prompts, rows = [self.prompts[row] for row in rows], torch.tensor(rows, dtype=torch.long)
             self.mask = self.mask[rows]
             self.layers = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self.layers.items()}
@@ -70,18 +72,27 @@ class Block:
         self.added = self.mask.flatten(1, 2)[:, None, :, :end]  # (G, 1, heads together * K, end)
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
-        """q (1, heads, G * K, d), k and v (1, kv_heads, G * K, d) -> (G * K, heads, d)."""
+        """q (G, heads, K, d), k and v (G, kv_heads, K, d) -> (G, heads, K, d)."""
         keys, values = self.layers[layer]
         end, together = self.added.shape[-1], self.mask.shape[1]
-        q, k, v = (x[0].unflatten(1, (-1, self.samples)).transpose(0, 1) for x in (q, k, v))  # (G, heads, K, d)
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)
         q = q.unflatten(1, (-1, together)).flatten(2, 3) if together > 1 else q  # (G, kv_heads, together * K, d)
         out = F.scaled_dot_product_attention(
             *(q, keys[:, :, :end], values[:, :, :end], self.added), scale=scale, enable_gqa=together == 1
         )
-        out = out.unflatten(2, (together, -1)).flatten(1, 2) if together > 1 else out  # (G, heads, K, d)
-        return out.transpose(1, 2).flatten(0, 1)
+        return out.unflatten(2, (together, -1)).flatten(1, 2) if together > 1 else out
+
+
+def groups(lengths: list[int], one: bool) -> list[list[int]]:
+    """Prompts, the shorter ones first, in runs of like length, or all in one."""
+    found = [[0]]
+    for b in range(1, len(lengths)):
+        if one or sum(lengths[b] - lengths[other] for other in found[-1]) <= FILL:
+            found[-1].append(b)
+        else:
+            found.append([b])
+    return found
 
 
 class Cache:
@@ -92,15 +103,11 @@ class Cache:
         self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
         start, own = torch.arange(shared), torch.arange(shared, shared + sum(self.rows.lengths))
         tokens = [torch.cat([start, part]) for part in own.split(self.rows.lengths)]
-        size, room = len(lengths) if self.static else BLOCK, max(samples * max_new_tokens, fused.ROUND)
-        self.blocks = [Block(b, tokens[b : b + size], samples, room, device) for b in range(0, len(lengths), size)]
-        self.positions = (
-            torch.tensor(lengths, device=device).repeat_interleave(samples) - 1
-        )  # (B * K,) of the last token
+        room = max(samples * max_new_tokens, fused.ROUND)
+        self.blocks = [Block(own, tokens, samples, room, device) for own in groups(lengths, self.static)]
+        self.positions = torch.tensor(lengths, device=device).repeat_interleave(samples) - 1  # (B * K,), the last ones
         self.tokens = torch.zeros_like(self.positions)
-        self.places: torch.Tensor | None = (
-            None  # (N,) among all samples of the prompts still there; None if they are all
-        )
+        self.places: torch.Tensor | None = None  # (N,) among the samples of all prompts still there; None: all of them
 
     def prefill(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """Causal attention within each prompt, as in training, keeping keys and values."""
@@ -108,11 +115,8 @@ class Cache:
             block.keep(layer, q, k, v)
         if self.static:
             return self.rows(layer, q, k, v, scale)
-        shared, lengths, asking = (
-            self.rows.shared,
-            self.rows.lengths,
-            q.split([self.rows.shared, *self.rows.lengths], 2),
-        )
+        shared, lengths = self.rows.shared, self.rows.lengths
+        asking = q.split([shared, *lengths], 2)
         out = []
         if shared:
             k0, v0 = k[:, :, :shared], v[:, :, :shared]
@@ -135,13 +139,15 @@ class Cache:
         self.steps += 1
         self.positions += 1
         if not self.static:
-            prompts, own = (alive // self.samples).unique(return_inverse=True)
+            prompts = alive // self.samples
             for block in self.blocks:
-                block.leave(prompts.tolist())
+                block.leave(set(prompts.tolist()))
             self.blocks = [block for block in self.blocks if block.prompts]
-            everybody = len(alive) == len(prompts) * self.samples
-            self.places = None if everybody else own * self.samples + alive % self.samples
-        self.counts = [len(block.prompts) * self.samples for block in self.blocks]
+            there = torch.tensor([prompt for block in self.blocks for prompt in block.prompts])
+            everybody = len(alive) == len(there) * self.samples
+            places = torch.searchsorted(there, prompts) * self.samples + alive % self.samples
+            self.places = None if everybody else places
+        self.counts = [len(block.prompts) for block in self.blocks]
         for block in self.blocks:
             block.turn(block.width if self.static else None)
         if not self.static:
@@ -162,12 +168,14 @@ class Cache:
 
     def decode(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
         """One new token for each of N samples: q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
-        q, k, v = (self.spread(x).split(self.counts, dim=2) for x in (q, k, v))
-        out = torch.cat([block.decode(layer, *part, scale) for block, *part in zip(self.blocks, q, k, v, strict=True)])
+        parts = (self.by_prompt(x).split(self.counts) for x in (q, k, v))
+        out = torch.cat([block.decode(layer, *part, scale) for block, *part in zip(self.blocks, *parts, strict=True)])
+        out = out.transpose(1, 2).flatten(0, 1)  # (N, heads, d)
         return (out if self.places is None else out.index_select(0, self.places))[None]
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """From N samples to all of the prompts still there: (1, heads, N, d). What finished ones hold never matters."""
-        if self.places is None:
-            return x
-        return x.new_zeros(1, x.shape[1], sum(self.counts), x.shape[3]).index_copy_(2, self.places, x)
+    def by_prompt(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, heads, N, d) -> (prompts still there, heads, K, d). What finished samples hold never matters."""
+        x = x[0]
+        if self.places is not None:
+            x = x.new_zeros(len(x), sum(self.counts) * self.samples, x.shape[2]).index_copy_(1, self.places, x)
+        return x.unflatten(1, (-1, self.samples)).transpose(0, 1)

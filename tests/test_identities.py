@@ -6,7 +6,7 @@ import pytest
 import torch
 from small import EOS, small_lm, small_policy, small_rows, stir
 
-from socratiq import fused
+from socratiq import cache, fused
 from socratiq.batch import make_batch
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
 from socratiq.model import Policy, load_policy, token_logprobs
@@ -321,10 +321,13 @@ def test_long_prompts_are_sampled_as_short_ones_are(monkeypatch):
     assert sample(policy, prompts, 2, max_new_tokens=8, eos_id=EOS, seeds=3) == short
 
 
-def test_a_prompt_s_samples_do_not_depend_on_its_neighbours():
-    """Of 20 prompts, two blocks and a half, some of which are over long before the others."""
+@pytest.mark.parametrize("fill, blocks", [(900, 1), (4, 3), (0, 6)])
+def test_a_prompt_s_samples_do_not_depend_on_its_neighbours(monkeypatch, fill, blocks):
+    """Of 20 prompts, in one block of the cache or in several, some of which are over long before the others."""
     policy = small_policy()
     prompts, _ = small_rows(rows=20)
+    monkeypatch.setattr(cache, "FILL", fill)
+    assert len(cache.groups(sorted(map(len, prompts)), one=False)) == blocks
     for samples in (1, 3):
         together = sample(policy, prompts, samples, max_new_tokens=30, eos_id=EOS, seeds=range(20))
         for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
