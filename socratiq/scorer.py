@@ -77,7 +77,8 @@ class Scorer:
             settings["order"] = order.settings
         scorer = cls(types, tensors, gates.Fitted.fit(contexts, questions), settings)
         scorer.warnings = contradictions(rows)
-        tensors["related"] = scorer.fit_relatedness(rows)
+        if not only_strengths:
+            tensors["related"] = scorer.fit_relatedness(rows)
         if lm is not None:
             scorer.lm = lm
             features = torch.stack([a.features for a in lm.read_alone(questions)])
