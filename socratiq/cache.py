@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from socratiq import distributed, fused
-from socratiq.batch import RowAttention, attend, short
+from socratiq.batch import RowAttention, attend
 
 # On the CPU:
 FILL = 900  # tokens that the prompts of a block are filled up with at most: reading as many costs as much as a call
@@ -84,11 +84,11 @@ class Block:
         return out.unflatten(2, (together, -1)).flatten(1, 2) if together > 1 else out
 
 
-def groups(lengths: list[int], one: bool) -> list[list[int]]:
-    """Prompts, the shorter ones first, in runs of like length, or all in one."""
+def groups(lengths: list[int]) -> list[list[int]]:
+    """Prompts, the shorter ones first, in runs of like length."""
     found = [[0]]
     for b in range(1, len(lengths)):
-        if one or sum(lengths[b] - lengths[other] for other in found[-1]) <= FILL:
+        if sum(lengths[b] - lengths[other] for other in found[-1]) <= FILL:
             found[-1].append(b)
         else:
             found.append([b])
@@ -103,8 +103,8 @@ class Cache:
         self.rows = RowAttention([length - shared for length in lengths], [None] * len(lengths), shared)
         start, own = torch.arange(shared), torch.arange(shared, shared + sum(self.rows.lengths))
         tokens = [torch.cat([start, part]) for part in own.split(self.rows.lengths)]
-        room = max(samples * max_new_tokens, fused.ROUND)
-        self.blocks = [Block(own, tokens, samples, room, device) for own in groups(lengths, self.static)]
+        runs = [list(range(len(lengths)))] if self.static else groups(lengths)
+        self.blocks = [Block(run, tokens, samples, samples * max_new_tokens, device) for run in runs]
         self.positions = torch.tensor(lengths, device=device).repeat_interleave(samples) - 1  # (B * K,), the last ones
         self.tokens = torch.zeros_like(self.positions)
         self.places: torch.Tensor | None = None  # (N,) among the samples of all prompts still there; None: all of them
@@ -121,17 +121,10 @@ class Cache:
         if shared:
             k0, v0 = k[:, :, :shared], v[:, :, :shared]
             out = [attend(asking[0], k0, v0, self.rows.mask(None, asking[0], k0), scale)]
-        for block in self.blocks:  # where a prompt's keys stand together, so that none has to be copied again
-            keys, values = block.layers[layer]
+        for block in self.blocks:  # where a prompt's keys stand together, common start and all
             for row, b in enumerate(block.prompts):
-                length = shared + lengths[b]
-                mask = self.rows.mask(b, asking[b + 1], keys[:, :, :length])
-                # The mask of a short row is that of one filled up (fused.additive_mask).
-                fill = -lengths[b] % fused.ROUND if short(asking[b + 1], keys[:, :, :length]) else 0
-                asked = (x[row : row + 1, :, : length + fill] for x in (keys, values))
-                filled = F.pad(asking[b + 1], (0, 0, 0, fill))
-                seen = F.scaled_dot_product_attention(filled, *asked, attn_mask=mask, scale=scale, enable_gqa=True)
-                out.append(seen[:, :, : lengths[b]])
+                asked = [x[row : row + 1, :, : shared + lengths[b]] for x in block.layers[layer]]
+                out.append(attend(asking[b + 1], *asked, self.rows.mask(b, asking[b + 1], asked[0]), scale))
         return torch.cat(out, dim=2).transpose(1, 2)
 
     def step(self, policy, alive: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -140,8 +133,9 @@ class Cache:
         self.positions += 1
         if not self.static:
             prompts = alive // self.samples
+            going_on = set(prompts.tolist())
             for block in self.blocks:
-                block.leave(set(prompts.tolist()))
+                block.leave(going_on)
             self.blocks = [block for block in self.blocks if block.prompts]
             there = torch.tensor([prompt for block in self.blocks for prompt in block.prompts])
             everybody = len(alive) == len(there) * self.samples

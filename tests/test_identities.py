@@ -327,7 +327,7 @@ def test_a_prompt_s_samples_do_not_depend_on_its_neighbours(monkeypatch, fill, b
     policy = small_policy()
     prompts, _ = small_rows(rows=20)
     monkeypatch.setattr(cache, "FILL", fill)
-    assert len(cache.groups(sorted(map(len, prompts)), one=False)) == blocks
+    assert len(cache.groups(sorted(map(len, prompts)))) == blocks
     for samples in (1, 3):
         together = sample(policy, prompts, samples, max_new_tokens=30, eos_id=EOS, seeds=range(20))
         for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
