@@ -44,12 +44,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
-from socratiq import cli, fit
-from socratiq.errors import Stopped, UserError, bar, main, speaks, warn
-from socratiq.files import atomic_write, to_json
-from socratiq.gates import GATES, words
-from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types
-from socratiq.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWriter, RowFailed, fingerprint
+from socratiq.pairs.checks import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, other_types
+from socratiq.pairs.writers import Budget, Halted, LimitReached, LocalWriter, OpenAIWriter, RowFailed, fingerprint
+from socratiq.run import options as cli
+from socratiq.run.errors import Stopped, UserError, bar, main, speaks, warn
+from socratiq.run.files import atomic_write, to_json
+from socratiq.scorer import fit
+from socratiq.scorer.gates import GATES, words
 
 GIVE_UP_AFTER = 5  # rows without an answer, one after the other, before the server is believed to be down
 SCORER_MODEL = "smollm2"  # PPO learns to please n-grams alone with questions that fit every text (README)
@@ -566,7 +567,7 @@ def open_policy(args):
     """The SFT model and its tokenizer, frozen."""
     if args.policy == "runs/sft" and not Path(args.policy).exists():
         raise UserError("runs/sft is not there: run `python train_sft.py` first, or name a model with --policy")
-    from socratiq.model import load_policy, load_tokenizer
+    from socratiq.models import load_policy, load_tokenizer
 
     try:
         tokenizer = load_tokenizer(args.policy)
@@ -581,8 +582,8 @@ def grade(rows, held_out: set[str], seed: int, lm):
     Questions about training texts are graded by cross-validation among these, those about held-out texts by a scorer
     fitted on all training rows: no label of a held-out text has a say in a training pair.
     """
-    from socratiq import grading
-    from socratiq.scorer import Scorer, cross_validate
+    from socratiq.scorer import grading
+    from socratiq.scorer.scorer import Scorer, cross_validate
 
     train, held = ([i for i, row in enumerate(rows) if (row.context in held_out) == out] for out in (False, True))
     learn_from = [rows[i] for i in train]
@@ -603,9 +604,9 @@ def open_scorer(args, rows, held_out: set[str]):
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
-    from socratiq.judge import rows_to_learn_from
-    from socratiq.language_model import open_language_model
-    from socratiq.scorer import Scorer
+    from socratiq.evaluation.judge import rows_to_learn_from
+    from socratiq.scorer.language_model import open_language_model
+    from socratiq.scorer.scorer import Scorer
 
     there = (Path(args.scorer) / "scorer.json").exists()
     scorer = Scorer.load(args.scorer) if there else None

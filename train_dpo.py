@@ -17,9 +17,10 @@ What differs from the paper:
  4. With --loss ipo the log-probs are means per token, not sums, so that length does not set the scale.
 """
 
-from socratiq import cli, distributed
-from socratiq.errors import bar, main
-from socratiq.run import Run
+from socratiq.engine import distributed
+from socratiq.run import options as cli
+from socratiq.run.errors import bar, main
+from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -84,10 +85,10 @@ def run_stage():
     from socratiq import training
     from socratiq.batch import make_batch
     from socratiq.data import load_pairs, split_by_context
-    from socratiq.files import replacing
     from socratiq.losses import dpo_loss, sequence_logps, sft_loss
-    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.models import load_policy, load_tokenizer, save_policy, token_logprobs
     from socratiq.prompts import encode_completion, encode_pair_prompt
+    from socratiq.run.files import replacing
 
     # Data: token ids of prompt, chosen and rejected.
     train_pairs, held_out_pairs = split_by_context(load_pairs(args.pairs), args.held_out, args.seed)

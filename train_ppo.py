@@ -19,9 +19,10 @@ What differs from the usual implementation:
  5. An update stops early when the approximate KL from the rollout's policy exceeds --target-kl.
 """
 
-from socratiq import cli, distributed
-from socratiq.errors import main
-from socratiq.run import Run
+from socratiq.engine import distributed
+from socratiq.run import options as cli
+from socratiq.run.errors import main
+from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -52,7 +53,7 @@ def parse_arguments():
     data.add_argument(
         "--diversity",
         action="store_true",
-        help="pay less for a question that repeats others of the same batch (socratiq/diversity.py)",
+        help="pay less for a question that repeats others of the same batch (socratiq/scorer/diversity.py)",
     )
     rollout = parser.add_argument_group("rollout")
     rollout.add_argument("--batch-size", type=cli.count, default=16, metavar="PROMPTS", help="prompts per iteration")
@@ -126,11 +127,11 @@ def run_stage():
     from socratiq import losses, training
     from socratiq.batch import make_batch
     from socratiq.data import load_rows, split_by_context
-    from socratiq.diversity import batch_diversity, diversity_factor
-    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.models import load_policy, load_tokenizer, save_policy, token_logprobs
     from socratiq.prompts import decode, encode_prompt
-    from socratiq.rewards import load_reward
     from socratiq.sampling import sample
+    from socratiq.scorer.diversity import batch_diversity, diversity_factor
+    from socratiq.scorer.reward import load_reward
     from socratiq.taxonomy import OTHERS
 
     class Rollout(NamedTuple):

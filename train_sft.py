@@ -19,9 +19,10 @@ What differs from the plainest SFT:
     (README; so do Ouyang et al. 2022, section 3.5, with 16 epochs). --keep best saves the one with the lowest loss.
 """
 
-from socratiq import cli, distributed
-from socratiq.errors import bar, main
-from socratiq.run import Run
+from socratiq.engine import distributed
+from socratiq.run import options as cli
+from socratiq.run.errors import bar, main
+from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -78,10 +79,10 @@ def run_stage():
     from socratiq import training
     from socratiq.batch import make_batch
     from socratiq.data import load_rows, split_by_context
-    from socratiq.files import replacing
     from socratiq.losses import sft_loss
-    from socratiq.model import load_policy, load_tokenizer, save_policy, token_logprobs
+    from socratiq.models import load_policy, load_tokenizer, save_policy, token_logprobs
     from socratiq.prompts import encode_completion, encode_prompt
+    from socratiq.run.files import replacing
     from socratiq.taxonomy import OTHERS
 
     # Data: token ids of prompt and question, tokenised apart.

@@ -61,7 +61,7 @@ def make_rows(args) -> tuple[list[dict], str]:
     import random
 
     from socratiq.data import load_rows
-    from socratiq.model import load_tokenizer, resolve
+    from socratiq.models import load_tokenizer, resolve
     from socratiq.prompts import encode_completion, encode_prompt
 
     rows = [row for row in load_rows(args.data) if row.type != "others"]

@@ -48,7 +48,7 @@ def check_stage(folder: Path) -> None:
 def check_adapter(folder: Path, tokenizer, merged) -> None:
     from peft import PeftModel
 
-    from socratiq.model import pick_dtype, resolve
+    from socratiq.models import pick_dtype, resolve
 
     # Frozen weights were held in the precision of the run; "auto" is what this machine is fast in.
     dtype = pick_dtype(json.loads((folder / "train_args.json").read_text())["dtype"], torch.device("cpu"))

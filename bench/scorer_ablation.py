@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from socratiq import attacks
 from socratiq.data import load_rows
-from socratiq.grading import auc, figures, place
-from socratiq.language_model import open_language_model
-from socratiq.scorer import EXPONENT, GATES, Scorer
+from socratiq.scorer import attacks
+from socratiq.scorer.grading import auc, figures, place
+from socratiq.scorer.language_model import open_language_model
+from socratiq.scorer.scorer import EXPONENT, GATES, Scorer
 
 
 def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:

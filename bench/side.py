@@ -81,7 +81,7 @@ class Parent:
 
 
 def allocator(tuned: bool) -> None:
-    """The same setting on both sides: socratiq/allocator.py, applied here to whichever side this is.
+    """The same setting on both sides: socratiq/engine/allocator.py, applied here to whichever side this is.
 
     What belongs to our sampling, handing pages back at its end, stays on with it.
     """

@@ -21,9 +21,9 @@ import textwrap
 import time
 from pathlib import Path
 
-from socratiq import cli
-from socratiq.errors import UserError, main, warn
-from socratiq.gates import GATES, LOW
+from socratiq.run import options as cli
+from socratiq.run.errors import UserError, main, warn
+from socratiq.scorer.gates import GATES, LOW
 
 LONGEST_FILE = 1_000_000  # bytes; the model reads some 2,000 characters
 MOST_SERVED = 8  # questions a type on the page
@@ -254,7 +254,7 @@ def run(argv: list[str] | None = None) -> None:
     name, scorer = find_model(args)
     text = read_text(args) if args.serve is None else None
 
-    from socratiq.questions import Asker
+    from socratiq.evaluation.questions import Asker
 
     asker = Asker(name, scorer, args.device, args.dtype, args.max_prompt_tokens)
     types = list(dict.fromkeys(asker.type_named(said) for said in args.type)) if args.type else asker.types

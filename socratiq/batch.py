@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
-from socratiq import fused
+from socratiq.engine import fused
 
 FILLED = 512  # batches of more tokens are filled up to a multiple of fused.ROUND, so that sizes repeat
 SHORT = 512  # keys of a row up to which the CPU's attention is that of fused.py

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from socratiq.errors import UserError, warn
+from socratiq.run.errors import UserError, warn
 from socratiq.taxonomy import OTHERS, TYPES, display_name
 
 

@@ -9,7 +9,7 @@ numbers. Two classifiers then say of which type each question is: the scorer, wh
 and a judge that no stage has met. A gain that only the scorer sees is a gain at pleasing the scorer. What people asked
 about the same texts goes through the same mill, as the mark to compare with ("human").
 
-Intervals are 95% bootstrap intervals over texts (socratiq/bootstrap.py).
+Intervals are 95% bootstrap intervals over texts (socratiq/evaluation/bootstrap.py).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from socratiq import cli, fit
-from socratiq.errors import UserError, main, warn
-from socratiq.files import atomic_write
+from socratiq.run import options as cli
+from socratiq.run.errors import UserError, main, warn
+from socratiq.run.files import atomic_write
+from socratiq.scorer import fit
 
 STAGES = ("base", "sft", "dpo", "ppo")
 SETTINGS = (
@@ -162,7 +163,7 @@ def choose_tasks(rows, held_out_rows, limit: int, seed: int) -> list:
     """A Task for every type of the data and each of at most `limit` held-out texts, drawn at random."""
     import torch
 
-    from socratiq.questions import Task
+    from socratiq.evaluation.questions import Task
     from socratiq.taxonomy import OTHERS, TYPES
     from socratiq.training import generator
 
@@ -187,8 +188,8 @@ def load_classifiers(args, rows, types: list[str], contexts: list[str]) -> dict:
 
     One that is there, from a run with another split perhaps, must not have learnt from a text that is to be graded.
     """
-    from socratiq.judge import Judge, rows_to_learn_from
-    from socratiq.scorer import Scorer
+    from socratiq.evaluation.judge import Judge, rows_to_learn_from
+    from socratiq.scorer.scorer import Scorer
 
     judge_rows, scorer_rows = rows_to_learn_from(rows, args.held_out, args.seed)
     found = {}
@@ -279,11 +280,11 @@ def run(argv: list[str] | None = None) -> None:
     models, skipped = present(args)
 
     # 1. Texts that were held out, and the classifiers, fitted on the other ones where they are missing.
-    from socratiq import figures
-    from socratiq.bootstrap import resamples
     from socratiq.data import load_rows, split_by_context
-    from socratiq.language_model import open_language_model
-    from socratiq.questions import ask_all
+    from socratiq.evaluation import figures
+    from socratiq.evaluation.bootstrap import resamples
+    from socratiq.evaluation.questions import ask_all
+    from socratiq.scorer.language_model import open_language_model
     from socratiq.training import generator
 
     rows = load_rows(args.data)
@@ -304,7 +305,7 @@ def run(argv: list[str] | None = None) -> None:
     if not records["human"]:
         del records["human"], answers["human"]
     if args.judge_api:
-        from socratiq.api_judge import grade
+        from socratiq.evaluation.api_judge import grade
 
         grade(records, contexts, args)
 

@@ -1,6 +1,6 @@
 """The one prompt template and the one way to turn text into token ids. SFT, pairs, DPO, PPO and `ask` all come here."""
 
-from socratiq.errors import UserError
+from socratiq.run.errors import UserError
 
 # Word for word the template the questions of the task were collected with, its trailing space included.
 TEMPLATE_HEAD = (

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from socratiq import allocator, distributed
 from socratiq.batch import RowAttention, common_start
-from socratiq.cache import Cache
-from socratiq.model import Policy
-from socratiq.packed import packed
+from socratiq.engine import allocator, distributed
+from socratiq.engine.cache import Cache
+from socratiq.engine.packed import packed
+from socratiq.models import Policy
 
 
 def sample(

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from socratiq.ask import MOST_SERVED
 from socratiq.data import clean
-from socratiq.errors import UserError
-from socratiq.gates import GATES, LOW
+from socratiq.run.errors import UserError
+from socratiq.scorer.gates import GATES, LOW
 from socratiq.taxonomy import definition
 
 PAGE = Path(__file__).parent / "pages" / "ask.html"

@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 
-from socratiq import cli
-from socratiq.errors import UserError, main
+from socratiq.run import options as cli
+from socratiq.run.errors import UserError, main
 
 COLOURS = {"prompt": "36", "completion": "32", "eos": "1;33", "padding": "2"}  # cyan, green, bold yellow, dim
 PROMPT_SHOWN = 3  # of the prompt, only the last tokens are shown
@@ -73,7 +73,7 @@ class Show:
         import torch
 
         from socratiq.data import load_rows
-        from socratiq.model import load_policy, load_tokenizer
+        from socratiq.models import load_policy, load_tokenizer
         from socratiq.taxonomy import OTHERS
 
         self.args, self.page, self.torch = args, Page(args.width, args.color), torch
@@ -131,7 +131,7 @@ class Show:
         from socratiq import losses
         from socratiq.prompts import decode
         from socratiq.sampling import sample
-        from socratiq.scorer import Scorer
+        from socratiq.scorer.scorer import Scorer
 
         self.page.title(f"PPO: K = {SAMPLES}, questions of the policy's own")
         self.begin_anew()
@@ -195,7 +195,7 @@ class Show:
         return make_batch(prompts, completions).to(self.policy.device)
 
     def logprobs(self, batch):
-        from socratiq.model import token_logprobs
+        from socratiq.models import token_logprobs
 
         return token_logprobs(self.policy, batch)
 

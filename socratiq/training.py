@@ -1,4 +1,4 @@
-"""What the three training loops share beside their folder (socratiq/run.py): optimiser, schedule, order of the rows.
+"""What the three training loops share beside their folder (run/folder.py): optimiser, schedule, order of the rows.
 
 Nothing here knows a loss. Whatever is random comes from a generator seeded with (seed, purpose, number of the step or
 epoch), so that any step can be computed again from its number alone.
@@ -18,11 +18,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from socratiq import distributed
 from socratiq.batch import Batch, make_batch
-from socratiq.errors import UserError, warn
-from socratiq.files import replacing, to_json
-from socratiq.run import Run
+from socratiq.engine import distributed
+from socratiq.run.errors import UserError, warn
+from socratiq.run.files import replacing, to_json
+from socratiq.run.folder import Run
 
 # --- optimiser and schedule -----------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ def poisoned(tmp_path_factory) -> Path:
     """A model that turns to NaN on every text with a snowman in it, and on no other."""
     import torch
 
-    from socratiq.model import load_tokenizer, open_model, save_model
+    from socratiq.models import load_tokenizer, open_model, save_model
     from socratiq.prompts import plain_ids
 
     folder = tmp_path_factory.mktemp("poisoned") / "model"
@@ -49,9 +49,9 @@ def poisoned(tmp_path_factory) -> Path:
 
 def make_inputs(folder: Path) -> None:
     from socratiq.data import Row, split_by_context
-    from socratiq.language_model import open_language_model
     from socratiq.prompts import build_prompt
-    from socratiq.scorer import Scorer
+    from socratiq.scorer.language_model import open_language_model
+    from socratiq.scorer.scorer import Scorer
 
     subjects = [
         "dogs",

@@ -11,7 +11,7 @@ from pathlib import Path
 WATCHED = {
     "losses": ("sequence_logps", "sft_loss", "dpo_loss", "missing_eos_penalty", "shape_rewards", "gae", "whiten",
                "policy_loss", "value_loss"),
-    "model": ("token_logprobs",),
+    "policy": ("token_logprobs",),
     "sampling": ("sample",),
     "training": ("make_optimizer", "update"),
 }  # fmt: skip

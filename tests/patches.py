@@ -17,15 +17,15 @@ def slow_steps():
     """Every forward pass takes a while, so that a signal comes in the middle of a step."""
     import time
 
-    import socratiq.model as model
+    import socratiq.policy as policy
 
-    original = model.token_logprobs
+    original = policy.token_logprobs
 
     def token_logprobs(*args, **options):
         time.sleep(0.05)
         return original(*args, **options)
 
-    model.token_logprobs = token_logprobs
+    policy.token_logprobs = token_logprobs
 
 
 def endless_step():
@@ -49,7 +49,7 @@ def endless_loading():
     """Opening the model never comes to its end."""
     import time
 
-    import socratiq.model as model
+    import socratiq.models as model
 
     def load_policy(*args, **options):
         print("loading", flush=True)

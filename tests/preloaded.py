@@ -4,9 +4,9 @@ import openai
 import openai.resources.chat  # loaded at the first request otherwise
 import torch
 
-import socratiq.model
+import socratiq.models
 import socratiq.sampling
-import socratiq.scorer  # noqa: F401  (with it, all three are loaded)
+import socratiq.scorer.scorer  # noqa: F401  (with it, all three are loaded)
 
 torch.set_num_threads(1)
 weight = torch.zeros(2, requires_grad=True)

@@ -121,10 +121,10 @@ def preload() -> None:
         importlib.import_module(name)
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("openai.resources.chat")
-    for name in ("evaluate", "model", "rewards", "sampling", "scorer", "training"):
+    for name in ("evaluate", "models", "scorer.reward", "sampling", "training"):
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(f"socratiq.{name}")
-    from socratiq.model import load_policy, load_tokenizer
+    from socratiq.models import load_policy, load_tokenizer
 
     load_tokenizer("tiny")
     load_policy("tiny")
@@ -149,7 +149,7 @@ def child(request: dict) -> None:
         count_operations(request["at"], request["how"])
     status = 1
     try:
-        from socratiq.errors import main
+        from socratiq.run.errors import main
 
         script = importlib.import_module(Path(sys.argv[0]).stem)
         main(getattr(script, "run_stage", None) or script.run)
@@ -173,7 +173,7 @@ def count_operations(at: int, how: str) -> None:
     """
     import safetensors.torch
 
-    import socratiq.run
+    import socratiq.run.folder
 
     done = {"operations": 0, "line": 0, "file": 0}
 
@@ -197,7 +197,7 @@ def count_operations(at: int, how: str) -> None:
 
         return wrapper
 
-    append, save = socratiq.run.append_jsonl, safetensors.torch.save_file
+    append, save = socratiq.run.folder.append_jsonl, safetensors.torch.save_file
 
     def half_a_line(path, value, **options):
         line = json.dumps(value).encode()
@@ -208,7 +208,7 @@ def count_operations(at: int, how: str) -> None:
         save(tensors, path, *rest, **options)
         os.truncate(path, os.stat(path).st_size // 2)
 
-    socratiq.run.append_jsonl = counted(append, "line", half_a_line)
+    socratiq.run.folder.append_jsonl = counted(append, "line", half_a_line)
     safetensors.torch.save_file = counted(save, "file", half_a_file)
     for name in ("replace", "fsync", "truncate", "unlink", "rmdir"):
         setattr(os, name, counted(getattr(os, name)))

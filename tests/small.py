@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from socratiq import lora
-from socratiq.model import Policy
+from socratiq.models import Policy
 
 VOCABULARY, EOS = 12, 2
 

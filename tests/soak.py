@@ -25,7 +25,7 @@ from fault_server import QUESTIONS, FaultServer, good_question
 from scripts import Scripts, told
 from test_resume import CASES, WHILE_AT_WORK, command, contents
 
-from socratiq.pairs import digest
+from socratiq.pairs.checks import digest
 
 HOWS = ("before", "after", "line", "file", "time")
 

@@ -11,15 +11,16 @@ import types
 
 import pytest
 
-from socratiq import ask, gates, serve
-from socratiq.errors import UserError
+from socratiq import ask, serve
+from socratiq.run.errors import UserError
+from socratiq.scorer import gates
 
 TEXT = "I think that dogs are good."
 
 
 @pytest.fixture(scope="module")
 def asker(inputs):
-    from socratiq.questions import Asker
+    from socratiq.evaluation.questions import Asker
 
     found = Asker("tiny", str(inputs / "scorer"), dtype="float32")
     assert found.model.name == "tiny"
@@ -41,7 +42,7 @@ def typed(monkeypatch):
 @pytest.fixture
 def command(asker, inputs, monkeypatch, capsys):
     """Runs `ask` with the model that is open already; what it printed."""
-    monkeypatch.setattr("socratiq.questions.Asker", lambda *settings: asker)
+    monkeypatch.setattr("socratiq.evaluation.questions.Asker", lambda *settings: asker)
 
     def run(*argv):
         ask.run([*argv, "--model", "tiny", "--scorer", str(inputs / "scorer"), "--max-new-tokens", "6", "--seed", "1"])
@@ -54,7 +55,7 @@ def command(asker, inputs, monkeypatch, capsys):
 
 
 def test_questions_are_ranked_and_none_comes_twice(asker, monkeypatch):
-    from socratiq.questions import Task
+    from socratiq.evaluation.questions import Task
 
     said = ["no question", "What do you mean by good dogs?", "Are dogs really like clouds?"]
     ranked = asker.ranked(Task(0, TEXT, "Clarity"), said)
@@ -71,7 +72,7 @@ def test_questions_are_ranked_and_none_comes_twice(asker, monkeypatch):
 
 
 def test_without_a_scorer_nothing_is_ranked(asker):
-    from socratiq.questions import Asker, Task
+    from socratiq.evaluation.questions import Asker, Task
 
     bare = Asker("tiny", None)
     assert len(bare.types) == 9

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import pytest
 
-from socratiq import attacks, gates
 from socratiq.data import Row, load_rows, split_by_context
-from socratiq.language_model import open_language_model
-from socratiq.measures import well_formed
-from socratiq.model import load_tokenizer
+from socratiq.evaluation.measures import well_formed
+from socratiq.models import load_tokenizer
 from socratiq.prompts import decode, encode_completion
-from socratiq.scorer import Scorer
+from socratiq.scorer import attacks, gates
+from socratiq.scorer.language_model import open_language_model
+from socratiq.scorer.scorer import Scorer
 
 
 class Suite(NamedTuple):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from socratiq import errors
 from socratiq.data import load_pairs, load_rows
+from socratiq.run import errors
 
 GOOD = b"context,question,type\nSome text.,Why?,clarity\n"
 
@@ -552,8 +552,8 @@ def workshop(tmp_path_factory):
     import torch
     from safetensors.torch import load_file, save_file
 
-    from socratiq.model import resolve
-    from socratiq.scorer import Scorer
+    from socratiq.models import resolve
+    from socratiq.scorer.scorer import Scorer
 
     folder = tmp_path_factory.mktemp("workshop")
     rows = [{"context": f"Text {n}.", "question": f"Why {n}?", "type": "clarity"} for n in range(3)]

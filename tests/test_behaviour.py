@@ -20,7 +20,7 @@ from socratiq.losses import (
     value_loss,
     whiten,
 )
-from socratiq.model import token_logprobs
+from socratiq.models import token_logprobs
 from socratiq.sampling import sample
 
 

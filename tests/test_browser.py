@@ -10,7 +10,8 @@ import time
 import pytest
 from test_report import evaluation, every_metric, make_run, write
 
-from socratiq import ask, report, serve
+from socratiq import ask, serve
+from socratiq.report import page as report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
@@ -153,7 +154,7 @@ def test_what_the_reader_opened_stays_open_when_the_page_renews_itself(browser, 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_text_is_pasted_and_questions_appear(browser, inputs, width):
-    from socratiq.questions import Asker
+    from socratiq.evaluation.questions import Asker
 
     asker = Asker("tiny", str(inputs / "scorer"), dtype="float32")
     with serve.Server(asker, ask.parse_arguments(["--serve", "0", "--max-new-tokens", "6"])) as running:

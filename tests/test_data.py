@@ -13,7 +13,7 @@ import pytest
 
 from socratiq import data
 from socratiq.data import Row, clean, load_pairs, load_rows, split_by_context
-from socratiq.errors import UserError
+from socratiq.run.errors import UserError
 from socratiq.taxonomy import OTHERS, TYPES
 
 RECORDS = [
@@ -313,7 +313,9 @@ def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
 
 
 def test_no_network_is_one_clear_line():
-    program = "from socratiq.errors import main; from socratiq.data import load_rows; main(lambda: load_rows('a/b'))"
+    program = (
+        "from socratiq.run.errors import main; from socratiq.data import load_rows; main(lambda: load_rows('a/b'))"
+    )
     environment = {"HF_HUB_OFFLINE": "1", "PATH": ""}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and run.stdout == ""

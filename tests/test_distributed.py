@@ -40,7 +40,7 @@ STAGES = {
 
 def stop_at_2():
     """Called in the scripts' processes: the first of them is asked to stop during its second step."""
-    from socratiq.run import Run
+    from socratiq.run.folder import Run
 
     leave = Run.leave_if_asked
 
@@ -54,7 +54,7 @@ def stop_at_2():
 
 def stop_at_2_without_saving_twice():
     """The same, where a checkpoint of this very step lies there already: its parts are not touched again."""
-    from socratiq import distributed
+    from socratiq.engine import distributed
 
     save, folders = distributed.save_parts, set()
 
@@ -69,7 +69,7 @@ def stop_at_2_without_saving_twice():
 
 def killed_among_the_parts():
     """Both processes die when the parts of step 2 are written, one of them by half, and the file that counts is not."""
-    from socratiq import distributed
+    from socratiq.engine import distributed
 
     save = distributed.save_parts
 
@@ -291,8 +291,8 @@ def test_a_mistake_is_told_once(launch, tmp_path):
 
 def exchange():
     """Called in a script's two processes, in its place: things go to the other process and back."""
-    from socratiq import distributed
-    from socratiq.errors import UserError
+    from socratiq.engine import distributed
+    from socratiq.run.errors import UserError
 
     distributed.start("cpu")
     items = [

@@ -8,9 +8,10 @@ import pytest
 import torch
 from fault_server import FaultServer
 
-from socratiq import api_judge, bootstrap, evaluate, figures, measures
-from socratiq.errors import UserError
-from socratiq.questions import Answer, Model, Readings, Task
+from socratiq import evaluate
+from socratiq.evaluation import api_judge, bootstrap, figures, measures
+from socratiq.evaluation.questions import Answer, Model, Readings, Task
+from socratiq.run.errors import UserError
 
 # ---------------------------------------------------------------------------------------------- words, counted by hand
 
@@ -207,7 +208,7 @@ def test_records_carry_strength_type_and_reward():
 
 def test_reading_many_stages_at_once_is_reading_one_by_one():
     from socratiq.batch import make_batch
-    from socratiq.model import token_logprobs
+    from socratiq.models import token_logprobs
 
     model = Model("tiny", dtype="float32")
     said = model.ask(TASKS, samples=2, max_new_tokens=5, temperature=1.0, seed=3)
@@ -306,7 +307,7 @@ def test_a_wrong_model_and_a_missing_key_are_said(tmp_path, monkeypatch):
 @pytest.fixture
 def place(tmp_path, inputs, monkeypatch):
     """A folder with rows.jsonl and the tiny model as runs/sft and runs/dpo; there is no runs/ppo."""
-    from socratiq.model import resolve
+    from socratiq.models import resolve
 
     monkeypatch.chdir(tmp_path)
     tiny = resolve("tiny")
@@ -326,8 +327,8 @@ SMALL = ["--limit", "3", "--max-new-tokens", "6", "--bootstrap", "50", "--dtype"
 
 
 def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
-    from socratiq.judge import Judge
-    from socratiq.scorer import Scorer
+    from socratiq.evaluation.judge import Judge
+    from socratiq.scorer.scorer import Scorer
 
     fitted_on, fits = {}, {kind: kind.fit for kind in (Judge, Scorer)}
     for kind in fits:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 import transformers
 from small import small_lm
 
-from socratiq import fused, lora
+from socratiq import lora
 from socratiq.batch import RowAttention, attend, common_start, make_batch, ready_mask
-from socratiq.cache import Cache
+from socratiq.engine import fused
+from socratiq.engine.cache import Cache
+from socratiq.engine.packed import packed
 from socratiq.lora import AddLowRank
-from socratiq.model import Policy
-from socratiq.packed import packed
+from socratiq.models import Policy
 
 
 def numbers(*shape):

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from socratiq.data import Row, clean, load_pairs, load_rows, split_by_context
-from socratiq.errors import UserError
 from socratiq.prompts import TEMPLATE_HEAD, TEMPLATE_TAIL, build_prompt, encode_completion, encode_prompt
+from socratiq.run.errors import UserError
 from socratiq.taxonomy import TYPES, display_name
 
 # The same examples in every run, and no clock: a shared machine is slow at times.
@@ -216,7 +216,7 @@ def test_any_split(contexts, share, seed):
 
 @pytest.fixture(scope="module", params=["tiny", "smollm2"])
 def tokenizer(request):
-    from socratiq.model import load_tokenizer
+    from socratiq.models import load_tokenizer
 
     try:
         return load_tokenizer(request.param)

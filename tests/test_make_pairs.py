@@ -19,9 +19,9 @@ from fault_server import QUESTIONS, FaultServer, good_question
 
 import make_pairs
 from socratiq.data import Row
-from socratiq.errors import UserError
-from socratiq.pairs import Answer, AnswerLog, Job, Request, digest
-from socratiq.writers import Halted, LimitReached, OpenAIWriter, RowFailed
+from socratiq.pairs.checks import Answer, AnswerLog, Job, Request, digest
+from socratiq.pairs.writers import Halted, LimitReached, OpenAIWriter, RowFailed
+from socratiq.run.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test-0123456789abcdef"
@@ -503,7 +503,7 @@ def reference(rows_file, tmp_path_factory):
 
 def test_a_scorer_that_has_seen_held_out_texts_verifies_nothing(rows_file, tmp_path, capsys):
     from socratiq.data import load_rows
-    from socratiq.scorer import Scorer
+    from socratiq.scorer.scorer import Scorer
 
     Scorer.fit(load_rows(str(rows_file))).save(tmp_path / "scorer")
     before = sorted(tmp_path.rglob("*"))

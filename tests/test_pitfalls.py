@@ -14,12 +14,13 @@ from observed import observations
 from small import EOS, VOCABULARY, small_lm, small_policy, small_rows, stir
 from transformers import AutoModelForCausalLM
 
-from socratiq import lora, losses, model
+from socratiq import lora, losses
+from socratiq import models as model
 from socratiq.batch import make_batch
 from socratiq.data import Row, load_pairs, load_rows, split_by_context
-from socratiq.errors import UserError
-from socratiq.model import load_policy, load_tokenizer, save_model, save_policy, token_logprobs
+from socratiq.models import load_policy, load_tokenizer, save_model, save_policy, token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
+from socratiq.run.errors import UserError
 from socratiq.sampling import draw, sample
 
 

@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from socratiq import charts, report
-from socratiq.errors import UserError
-from socratiq.metrics import CHARTS
+from socratiq.report import charts
+from socratiq.report import page as report
+from socratiq.report.metrics import CHARTS
+from socratiq.run.errors import UserError
 
 # ------------------------------------------------------------------------------------------------------------- a folder
 

@@ -53,5 +53,5 @@ def test_the_test_sees_what_it_looks_for(source):
 
 
 def test_models_are_opened_without_their_code():
-    source = (ROOT / "socratiq" / "model.py").read_text()
+    source = (ROOT / "socratiq" / "models.py").read_text()
     assert source.count("trust_remote_code") >= 2 and "use_safetensors" in source

@@ -16,14 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from socratiq import fit, fluency, gates, grading, logistic, word_order
 from socratiq.data import Row, load_rows, split_by_context
-from socratiq.diversity import batch_diversity, diversity_factor
-from socratiq.errors import UserError
-from socratiq.judge import Judge, judge_split, rows_to_learn_from
-from socratiq.judge import pieces as judge_pieces
-from socratiq.language_model import LanguageModel, Reading
-from socratiq.scorer import VERSION, Scorer, cross_validate
+from socratiq.evaluation.judge import Judge, judge_split, rows_to_learn_from
+from socratiq.evaluation.judge import pieces as judge_pieces
+from socratiq.run.errors import UserError
+from socratiq.scorer import fit, fluency, gates, grading, word_order
+from socratiq.scorer import ngrams as logistic
+from socratiq.scorer.diversity import batch_diversity, diversity_factor
+from socratiq.scorer.language_model import LanguageModel, Reading
+from socratiq.scorer.scorer import VERSION, Scorer, cross_validate
 
 TOPICS = [
     "dogs",
@@ -582,7 +583,7 @@ def test_a_model_is_handed_over_once_and_must_be_the_same(tmp_path, deep, scorer
 
 @pytest.fixture(scope="module")
 def tiny():
-    from socratiq.model import load_policy, load_tokenizer
+    from socratiq.models import load_policy, load_tokenizer
 
     return load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
 
@@ -590,7 +591,7 @@ def tiny():
 def one_by_one(policy, tokenizer, prefix: str, question: str) -> torch.Tensor:
     """log p(token | prefix, tokens before) by a forward of its own for every question."""
     from socratiq.batch import make_batch
-    from socratiq.model import token_logprobs
+    from socratiq.models import token_logprobs
     from socratiq.prompts import plain_ids
 
     batch = make_batch([plain_ids(tokenizer, prefix)], [[plain_ids(tokenizer, question)]])
@@ -616,7 +617,7 @@ def test_states_are_those_of_the_middle_and_of_four_fifths():
     """On ten layers: after five of them and after eight, as transformers counts them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from socratiq.model import Policy, load_tokenizer
+    from socratiq.models import Policy, load_tokenizer
     from socratiq.prompts import plain_ids
 
     tokenizer = load_tokenizer("tiny")
@@ -654,7 +655,7 @@ def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
 
 def test_it_reads_with_the_frozen_reference(tiny):
     """Adapters that PPO trains must not change what the scorer thinks."""
-    from socratiq.model import load_policy
+    from socratiq.models import load_policy
 
     policy = load_policy("tiny", "cpu", "float32", lora_rank=2)
     policy.keep_reference()

@@ -28,7 +28,7 @@ WORDINGS = {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """-> address and model name of a running server; it is stopped at the end."""
-    from socratiq.model import resolve
+    from socratiq.models import resolve
 
     folder = resolve("smollm2")
     with socket.socket() as free:

@@ -9,7 +9,7 @@ import pytest
 
 from socratiq import show
 from socratiq.data import Row
-from socratiq.errors import UserError
+from socratiq.run.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

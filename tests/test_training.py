@@ -11,10 +11,10 @@ from small import small_policy, small_rows, stir
 
 from socratiq import training
 from socratiq.batch import make_batch
-from socratiq.errors import UserError
 from socratiq.losses import sft_loss
-from socratiq.model import token_logprobs
-from socratiq.run import Run, fingerprint
+from socratiq.models import token_logprobs
+from socratiq.run.errors import UserError
+from socratiq.run.folder import Run, fingerprint
 
 
 def arguments(out, **more):
@@ -226,7 +226,7 @@ def test_a_reward_is_known_by_its_source(tmp_path, monkeypatch):
 
 
 def test_of_large_weights_samples_are_read_up_to_the_end(tmp_path, monkeypatch):
-    from socratiq import run
+    from socratiq.run import folder as run
 
     monkeypatch.setattr(run, "WHOLE", 10_000)
     monkeypatch.setattr(run, "SAMPLES", 4)

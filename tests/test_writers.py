@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer
 
-from socratiq.errors import UserError
-from socratiq.pairs import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, messages, other_types
-from socratiq.writers import Budget, Halted, LimitReached, OpenAIWriter, RowFailed, retry_after
+from socratiq.pairs.checks import Answer, AnswerLog, Job, Request, clean_question, digest, flaw, messages, other_types
+from socratiq.pairs.writers import Budget, Halted, LimitReached, OpenAIWriter, RowFailed, retry_after
+from socratiq.run.errors import UserError
 
 KEY = "sk-test-0123456789abcdef"
 CONTEXT = "My neighbour drives everywhere, and since the tram came fewer people do. Cars are a habit, not a need."
@@ -439,7 +439,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_one_run_at_a_time(tmp_path):
-    held = "from socratiq.pairs import AnswerLog; log = AnswerLog('a.jsonl', 'm'); print('held', flush=True); input()"
+    held = "from socratiq.pairs.checks import AnswerLog\nlog = AnswerLog('a.jsonl', 'm')\nprint('held', flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", held], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -459,8 +459,8 @@ def test_digest_does_not_depend_on_the_order_of_keys():
 
 
 def test_local_writer_samples_the_same_again_and_by_its_seed():
-    from socratiq.model import load_policy, load_tokenizer
-    from socratiq.writers import LocalWriter
+    from socratiq.models import load_policy, load_tokenizer
+    from socratiq.pairs.writers import LocalWriter
 
     policy, tokenizer = load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
     jobs = [job(f"{n:016x}") for n in range(3)]
