@@ -36,14 +36,17 @@ class Row(NamedTuple):
 
     context:  the text, tidied by `clean`
     question: one line, tidied by `clean`
-    type:     display name such as "Cause to effect", or "others" for what is no critical question
+    type:     display name such as "Cause to effect", "others" for what is no critical question, or "" for a question
+              that carries a human verdict and no type: it serves for pairs, the scorer and the judge learn nothing of it
     source:   where it was read, for messages: "questions.csv row 12 (line 13)"
+    preference: the human verdict: "chosen", "rejected", or "" if there is none
     """
 
     context: str
     question: str
     type: str
     source: str
+    preference: str = ""
 
 
 # Field of a row -> the column names in use, the first one found is read; upper and lower case do not matter.
@@ -52,6 +55,9 @@ COLUMNS = {
     "question": ("question",),
     "type": ("type", "label", "schema"),
 }
+# A human verdict on a question, in a column `preference` or, in the words of the shared task on critical questions of
+# 2025 (ArgMining), in `label`, which then is no type.
+VERDICTS = {"useful": "chosen", "unhelpful": "rejected", "invalid": "rejected"}
 PAIRED_COLUMNS = ("input", "target")  # SocratiQ's full files: input is "type: context", target the question
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 SAMPLE = Path(__file__).parent / "sample" / "rows.jsonl"
@@ -84,11 +90,11 @@ def load_rows(source: str, split: str | None = None) -> list[Row]:
     remote = source == "socratiq" or _is_address(source) or not _is_local(source)
     columns: dict[tuple, dict] = {}  # names of a record -> field -> column; a file has few sets of names
     texts: dict[str, str] = {}  # one copy of every context, however many questions it has
-    seen: dict[tuple[str, str], list[str]] = {}  # (context, question) -> types
+    seen: dict[tuple[str, str], dict] = {}  # (context, question) -> type -> verdicts
     rows, copies, unusable, first_problem = [], 0, 0, None
     for place, record in _records(source, split):
         try:
-            context, question, type = _fields(place, record, columns)
+            context, question, type, preference = _fields(place, record, columns)
         except UserError as problem:
             if not remote:
                 raise
@@ -96,12 +102,12 @@ def load_rows(source: str, split: str | None = None) -> list[Row]:
             first_problem = first_problem or problem
             continue
         context = texts.setdefault(context, context)
-        types = seen.setdefault((context, question), [])
-        if type in types:
+        types = seen.setdefault((context, question), {})
+        if preference in types.get(type, []):
             copies += 1
         else:
-            types.append(type)
-            rows.append(Row(context, question, type, place))
+            types.setdefault(type, []).append(preference)
+            rows.append(Row(context, question, type, place, preference))
 
     if unusable > TOLERATED * (len(rows) + copies + unusable):
         raise first_problem
@@ -120,11 +126,12 @@ def load_rows(source: str, split: str | None = None) -> list[Row]:
     return rows
 
 
-def _fields(place: str, record: dict, columns: dict) -> tuple[str, str, str]:
-    """Context, question and type (display name) of one record."""
+def _fields(place: str, record: dict, columns: dict) -> tuple[str, str, str, str]:
+    """Context, question, type (display name) and preference of one record."""
+    record, preference = _verdict(place, record)
     names = tuple(record)
     if names not in columns:
-        columns[names] = _choose_columns(place, names)
+        columns[names] = _choose_columns(place, names, {"type"} if preference else set())
     column = columns[names]
     values = {field: _text(place, field, name, record[name]) for field, name in column.items()}
     if "input" in values:
@@ -135,19 +142,37 @@ def _fields(place: str, record: dict, columns: dict) -> tuple[str, str, str]:
             )
         context, question, type = context.strip(), values["target"], label
     else:
-        context, question, type = values["context"], values["question"], values["type"]
+        context, question, type = values["context"], values["question"], values.get("type", "")
         context = _without_label(context)
     question = " ".join(question.split())
+    if preference and not type:
+        return context, question, "", preference
     name = display_name(" ".join(type.split()))
     if not name or len(name) > LONGEST_TYPE:
         raise UserError(
             f"{place}: the type is {_shorten(type)!r}; expected a name of at most {LONGEST_TYPE} characters such as "
             f"{TYPES[0].name!r}"
         )
-    return context, question, name
+    return context, question, name, preference
 
 
-def _choose_columns(place: str, names: tuple) -> dict[str, str]:
+def _verdict(place: str, record: dict) -> tuple[dict, str]:
+    """The record without its human verdict, and the verdict: "chosen", "rejected" or ""."""
+    spelled = {str(name).strip().lower(): name for name in record}
+    said = record.get(spelled.get("label"))
+    if isinstance(said, str) and said.strip().lower() in VERDICTS:
+        rest = {name: value for name, value in record.items() if name != spelled["label"]}
+        return rest, VERDICTS[said.strip().lower()]
+    said = record.get(spelled.get("preference"))
+    if said is None or said == "":
+        return record, ""
+    word = str(said).strip().lower()
+    if word not in ("chosen", "rejected", *VERDICTS):
+        raise UserError(f"{place}: the preference is {_shorten(str(said))!r}; write chosen, rejected or nothing")
+    return record, VERDICTS.get(word, word)
+
+
+def _choose_columns(place: str, names: tuple, optional: set[str] = frozenset()) -> dict[str, str]:
     """Which column holds which field: {"context": "thought", ...} or {"input": "input", "target": "target"}."""
     spelled: dict[str, str] = {}
     for name in names:
@@ -156,7 +181,7 @@ def _choose_columns(place: str, names: tuple) -> dict[str, str]:
     if not (found["context"] and found["question"]) and all(name in spelled for name in PAIRED_COLUMNS):
         return {name: spelled[name] for name in PAIRED_COLUMNS}
     for field, choices in found.items():
-        if not choices:
+        if not choices and field not in optional:
             present = ", ".join(repr(_shorten(str(name), 20)) for name in names if str(name).strip()) or "none at all"
             raise UserError(
                 f"{place}: no column for the {field}; the columns are {present}; name one of them "
@@ -164,7 +189,12 @@ def _choose_columns(place: str, names: tuple) -> dict[str, str]:
             )
         if len(choices) > 1:
             warn(f"{place}: columns {' and '.join(map(repr, choices))} could be the {field}; reading {choices[0]!r}")
-    return {field: choices[0] for field, choices in found.items()}
+    return {field: choices[0] for field, choices in found.items() if choices}
+
+
+def _columns_to_read(place: str, names: list[str]) -> list[str]:
+    verdicts = [name for name in names if name.strip().lower() in ("label", "preference")]
+    return list(dict.fromkeys([*_choose_columns(place, tuple(names), {"type"}).values(), *verdicts]))
 
 
 def _text(place: str, field: str, column: str, value) -> str:
@@ -389,6 +419,12 @@ def _read_json(path: Path, name: str) -> Iterator[tuple[str, dict]]:
     value = _parse(text, name)
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
+    if isinstance(value, dict) and value and all(isinstance(x, dict) and "cqs" in x for x in value.values()):
+        value = [
+            {"context": text.get("intervention"), "question": asked.pop("cq", None), **asked}
+            for text in value.values()
+            for asked in text["cqs"]
+        ]
     if isinstance(value, dict) and value and all(isinstance(column, dict | list) for column in value.values()):
         value = _rows_of_columns(value, name)
     for number, row in enumerate(value if isinstance(value, list) else [value], 1):
@@ -416,7 +452,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[tuple[str, dict]]:
 
     try:
         table = parquet.ParquetFile(path)
-        columns = list(_choose_columns(name, tuple(table.schema_arrow.names)).values())
+        columns = _columns_to_read(name, table.schema_arrow.names)
         notes = json.loads((table.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))  # written by `datasets`
         features = notes.get("info", {}).get("features", {})
         classes = {column: features.get(column, {}).get("names") for column in columns}
@@ -451,7 +487,7 @@ def _read_hub(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{source}: has no split {split!r}; choose one of {', '.join(splits)}")
     for part in [split] if split else splits:
         name, table = f"{source} {part}", splits[part]
-        columns = list(_choose_columns(name, tuple(table.column_names)).values())
+        columns = _columns_to_read(name, table.column_names)
         classes = {column: getattr(table.features[column], "names", None) for column in columns}
         for number, record in enumerate(table.select_columns(columns), 1):
             yield f"{name} row {number}", _with_class_names(record, classes)

@@ -16,8 +16,9 @@ TEMPLATE_TAIL = "\n\n### Response:\n"
 
 
 def build_prompt(context: str, type: str) -> str:
-    """The prompt as text. `type` is a display name such as "Cause to effect"."""
-    return TEMPLATE_HEAD.replace("{type}", type) + context + TEMPLATE_TAIL
+    """The prompt as text. `type` is a display name such as "Cause to effect"; for "" no format is named."""
+    head = TEMPLATE_HEAD.replace("{type}", type) if type else TEMPLATE_HEAD.replace(" in the format {type}", "")
+    return head + context + TEMPLATE_TAIL
 
 
 def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[int]:
