@@ -604,7 +604,7 @@ def open_scorer(args, rows, held_out: set[str]):
 
     A scorer that was fitted with a language model names it, and is handed it again.
     """
-    from socratiq.evaluation.judge import rows_to_learn_from
+    from socratiq.scorer.grading import rows_to_learn_from
     from socratiq.scorer.language_model import open_language_model
     from socratiq.scorer.scorer import Scorer
 

@@ -188,7 +188,8 @@ def load_classifiers(args, rows, types: list[str], contexts: list[str]) -> dict:
 
     One that is there, from a run with another split perhaps, must not have learnt from a text that is to be graded.
     """
-    from socratiq.evaluation.judge import Judge, rows_to_learn_from
+    from socratiq.evaluation.judge import Judge
+    from socratiq.scorer.grading import rows_to_learn_from
     from socratiq.scorer.scorer import Scorer
 
     judge_rows, scorer_rows = rows_to_learn_from(rows, args.held_out, args.seed)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from socratiq.data import Row, load_rows, split_by_context
-from socratiq.evaluation.judge import Judge, judge_split, rows_to_learn_from
+from socratiq.evaluation.judge import Judge
 from socratiq.evaluation.judge import pieces as judge_pieces
 from socratiq.run.errors import UserError
 from socratiq.scorer import fit, fluency, gates, grading, word_order
 from socratiq.scorer import ngrams as logistic
 from socratiq.scorer.diversity import batch_diversity, diversity_factor
+from socratiq.scorer.grading import judge_split, rows_to_learn_from
 from socratiq.scorer.language_model import LanguageModel, Reading
 from socratiq.scorer.scorer import VERSION, Scorer, cross_validate
 

@@ -6,10 +6,10 @@ A policy that has learnt to please the scorer need not please anybody else. The 
 runs of characters, not words; knows which words a question begins with; takes no more notice of a long question than of
 a short one; and is fitted by least squares, not by likelihood.
 
-Who learns from which texts (`rows_to_learn_from`): the held-out ones are seen by nobody. The judge has a share of the
-training texts, and the saved scorer, which verifies rejected questions and gives PPO its reward, has the other share.
-All training texts, the judge's too, are seen by the policy in SFT, DPO and PPO, and by the graders with which
-make_pairs.py chooses questions, none of which grades a text that it has seen.
+Who learns from which texts (`scorer.grading.rows_to_learn_from`): the held-out ones are seen by nobody. The judge has a
+share of the training texts, and the saved scorer, which verifies rejected questions and gives PPO its reward, has the
+other share. All training texts, the judge's too, are seen by the policy in SFT, DPO and PPO, and by the graders with
+which make_pairs.py chooses questions, none of which grades a text that it has seen.
 """
 
 if __name__ == "__main__":  # from a file of its own, so that --help need not wait for torch
@@ -33,29 +33,6 @@ from socratiq.scorer.ngrams import minimise
 BUCKETS = 2**14
 RIDGE = 0.3  # weight of |w|^2 against the squared errors
 MOST = 4000  # rows; the fit solves for a square matrix of as many
-SHARE = 0.4  # of the texts that `judge_split` gives to the judge
-
-
-def judge_split(rows, share: float = SHARE) -> tuple[list, list]:
-    """Rows for the judge, about `share` of the texts, and rows for the scorer that gives rewards; no text is in both.
-
-    A hash of the text decides, so that adding rows moves no others, and folds and held-out texts are independent of it.
-    """
-    chosen = {c for c in {r.context for r in rows} if zlib.crc32(f"judge {place(c)}".encode()) < share * 2**32}
-    return [r for r in rows if r.context in chosen], [r for r in rows if r.context not in chosen]
-
-
-def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
-    """The rows that judge and scorer are fitted on: neither sees a held-out text, nor a text of the other one.
-
-    With too few texts for both to meet every type, both get all that are not held out.
-    """
-    from socratiq.data import split_by_context
-
-    train = split_by_context(rows, held_out, seed)[0]
-    parts = judge_split(train)
-    types = {row.type for row in train}
-    return parts if all({row.type for row in part} == types for part in parts) else (train, train)
 
 
 def pieces(question: str) -> list[int]:

@@ -61,7 +61,7 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from socratiq.data import load_rows
-    from socratiq.evaluation.judge import rows_to_learn_from
+    from socratiq.scorer.grading import rows_to_learn_from
     from socratiq.scorer.language_model import open_language_model
     from socratiq.scorer.scorer import Scorer, cross_validate
 
@@ -85,8 +85,8 @@ def fit_judge(argv: list[str] | None = None) -> None:
     args = parser_of("judge", description, help="share of the texts kept for evaluation").parse_args(argv)
 
     from socratiq.data import load_rows
-    from socratiq.evaluation.judge import Judge, rows_to_learn_from
-    from socratiq.scorer.grading import cross_validate
+    from socratiq.evaluation.judge import Judge
+    from socratiq.scorer.grading import cross_validate, rows_to_learn_from
 
     rows = rows_to_learn_from(load_rows(args.data), args.held_out, args.seed)[0]
     judge = Judge.fit(rows)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 CHOSEN = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # thresholds shown for --chosen-min
+SHARE = 0.4  # of the texts that `judge_split` gives to the judge
 REJECTED = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3)  # and for --rejected-max
 
 
@@ -44,6 +45,28 @@ class Figures(NamedTuple):
 def place(context: str) -> int:
     """Where a text stands in a fixed random order in which spacing and case play no part."""
     return zlib.crc32(" ".join(context.casefold().split()).encode())
+
+
+def judge_split(rows, share: float = SHARE) -> tuple[list, list]:
+    """Rows for the judge, about `share` of the texts, and rows for the scorer that gives rewards; no text is in both.
+
+    A hash of the text decides, so that adding rows moves no others, and folds and held-out texts are independent of it.
+    """
+    chosen = {c for c in {r.context for r in rows} if zlib.crc32(f"judge {place(c)}".encode()) < share * 2**32}
+    return [r for r in rows if r.context in chosen], [r for r in rows if r.context not in chosen]
+
+
+def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
+    """The rows that judge and scorer are fitted on: neither sees a held-out text, nor a text of the other one.
+
+    With too few texts for both to meet every type, both get all that are not held out.
+    """
+    from socratiq.data import split_by_context
+
+    train = split_by_context(rows, held_out, seed)[0]
+    parts = judge_split(train)
+    types = {row.type for row in train}
+    return parts if all({row.type for row in part} == types for part in parts) else (train, train)
 
 
 def texts_of(rows) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,12 @@ from socratiq.run.errors import UserError
 from socratiq.scorer import fit
 from socratiq.scorer.language_model import open_language_model
 from socratiq.scorer.scorer import Scorer
+
+
+def load_scorer(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Scorer:
+    """The scorer in a folder, together with the language model that it was fitted with: the same reward everywhere."""
+    scorer = Scorer.load(folder)
+    return scorer.with_language_model(open_language_model(scorer.settings.get("model", "none"), device, dtype))
 
 
 class Reward:
@@ -41,10 +48,9 @@ def load_reward(args, held_out: list[str], types: list[str]) -> Reward:
     """
     name = args.reward
     if name is None:
-        scorer = Scorer.load(args.scorer)
+        scorer = load_scorer(args.scorer, args.device, args.dtype)
         model = scorer.settings.get("model", "none")
         fit.check_unseen("scorer", args, scorer.settings.get("texts"), held_out, model)
-        scorer.with_language_model(open_language_model(model, args.device, args.dtype))
         return Reward(scorer.graded, scorer.types)
     if not types:
         raise UserError(f"{args.data}: no row names a type to ask for; label some, or leave out --reward")
