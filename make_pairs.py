@@ -97,7 +97,7 @@ def parse_arguments(argv: list[str] | None = None):
         help="only part I of N of these, into pairs.IofN.jsonl: a part for each machine",
     )
     add("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help="share of the texts kept for evaluation")
-    add("--seed", type=cli.count_or_none, default=0, help="seed of the split, the scorer and the local writer")
+    add("--seed", type=cli.zero_or_more, default=0, help="seed of the split, the scorer and the local writer")
 
     add = parser.add_argument_group("what is chosen and what rejected, by strength: a probability, 0 to 1").add_argument
     add("--chosen-min", type=strength, default=0.4, metavar="P", help="lowest strength of a chosen question")
@@ -132,7 +132,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--api-model", default="gpt-4o-mini", metavar="NAME", help="name of the model on the server")
     add("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
     add("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at the same time")
-    add("--max-requests", type=cli.count_or_none, metavar="N", help="stop after N requests, earlier runs included")
+    add("--max-requests", type=cli.zero_or_more, metavar="N", help="stop after N requests, earlier runs included")
     add(
         "--max-usd",
         type=cli.not_negative,
@@ -143,7 +143,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--usd-per-mtok-out", type=cli.not_negative, metavar="USD", help="price of a million answer tokens")
     add("--api-max-tokens", type=cli.count, default=200, metavar="N", help="longest answer; reasoning models need more")
     add("--timeout", type=cli.positive, default=120.0, metavar="SECONDS", help="longest silence of the server")
-    add("--max-retries", type=cli.count_or_none, default=8, metavar="N", help="sends a request again if no answer came")
+    add("--max-retries", type=cli.zero_or_more, default=8, metavar="N", help="sends a request again if no answer came")
     add(
         "--retry-delay", type=cli.not_negative, default=1.0, metavar="SECONDS", help="before the first; then it doubles"
     )

@@ -20,7 +20,6 @@ What differs from the paper:
 from socratiq.engine import distributed
 from socratiq.run import options as cli
 from socratiq.run.errors import bar, main
-from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -72,8 +71,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
-    distributed.start(args.device)
-    run = Run(args, "dpo")
+    run = distributed.open_run(args, "dpo")
     if run.finished:
         return
     import math
@@ -206,18 +204,11 @@ def run_stage():
         if (place + 1 == per_epoch or step + 1 == steps) and held_out:
             evaluation = evaluate()
             metrics |= evaluation
-        run.log(step + 1, **metrics)
-        run.log_time(
-            step + 1,
-            seconds,
-            sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen),
-        )
-        run.progress.set_postfix(loss=f"{loss:.3f}", margin=f"{sums['rewards/margins']:.3f}")
-
-        state = {"step": step + 1, "evaluation": evaluation}
-        if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
-            run.save(policy, optimizer, **state)
-        run.leave_if_asked(policy, optimizer, **state)
+        run.end_step(
+            step + 1, policy, optimizer, metrics, {"evaluation": evaluation}, seconds=seconds,
+            tokens=sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen),
+            show={"loss": loss, "margin": sums["rewards/margins"]}, checkpoint=place + 1 == per_epoch,
+        )  # fmt: skip
 
     save_policy(policy, tokenizer, run.out, args.model)
     run.finish(steps=steps, **evaluation)

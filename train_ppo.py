@@ -22,7 +22,6 @@ What differs from the usual implementation:
 from socratiq.engine import distributed
 from socratiq.run import options as cli
 from socratiq.run.errors import main
-from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -113,8 +112,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
-    distributed.start(args.device)
-    run = Run(args, "ppo")
+    run = distributed.open_run(args, "ppo")
     if run.finished:
         return
     import functools
@@ -173,7 +171,7 @@ def run_stage():
     def ask(tasks, *purpose, temperature=args.temperature, samples=args.samples_per_prompt):
         """Steps 2 and 3: questions to the tasks, as ids and text, their scores (B, K), and the parts of the scores."""
         prompts = [encode_prompt(tokenizer, context, type, args.max_prompt_tokens) for context, type in tasks]
-        mine = distributed.share(range(len(tasks))) or [0]  # a process without a task repeats one, for nobody
+        mine = distributed.share(range(len(tasks)), 0)  # a process without a task repeats the first
         completions = sample(
             policy,
             [prompts[b] for b in mine],
@@ -189,7 +187,7 @@ def run_stage():
 
         def all_tasks(rows):
             """One entry for each of `mine` -> one for each of `tasks`."""
-            return distributed.collect(list(rows))[: len(tasks)]
+            return distributed.collect(list(rows), len(tasks))
 
         def grid(x):  # (mine * K,) -> (tasks, K)
             return torch.stack(all_tasks(x.cpu().view(len(mine), samples)))
@@ -363,7 +361,6 @@ def run_stage():
         if held_out_contexts and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             evaluation = {name: float(x) for name, x in evaluate(step + 1).items()}
             metrics |= evaluation
-        run.log(step + 1, **metrics)
         best_first = raw_scores.flatten().argsort(descending=True).tolist()
         for i in (best_first[0], best_first[len(best_first) // 2], best_first[-1]):  # best, median, worst
             context, type = tasks[i // args.samples_per_prompt]
@@ -372,15 +369,13 @@ def run_stage():
             if step % 5 == 0 or step + 1 == args.steps:
                 in_a_line = " ".join(questions[i].split())[:200]
                 run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {type}: {in_a_line}")
-        run.log_time(step + 1, seconds, int(mask.sum()) + sum(map(len, prompts)))
-        run.progress.set_postfix(score=f"{raw_scores.mean().item():.3f}", kl=f"{kl.item():.2f}")
-
         if finite.all():
             history.append(raw_scores.mean().item())
-        state = {"step": step + 1, "kl_coef": kl_control.value, "evaluation": evaluation, "history": history}
-        if (step + 1) % args.checkpoint_every == 0 or step + 1 == args.steps:
-            run.save(policy, optimizer, **state)
-        run.leave_if_asked(policy, optimizer, **state)
+        state = {"kl_coef": kl_control.value, "evaluation": evaluation, "history": history}
+        run.end_step(
+            step + 1, policy, optimizer, metrics, state, seconds=seconds,
+            tokens=int(mask.sum()) + sum(map(len, prompts)), show={"score": raw_scores.mean(), "kl": kl},
+        )  # fmt: skip
 
     save_policy(policy, tokenizer, run.out, args.model)
     quarter = max(1, len(history) // 4)

@@ -22,7 +22,6 @@ What differs from the plainest SFT:
 from socratiq.engine import distributed
 from socratiq.run import options as cli
 from socratiq.run.errors import bar, main
-from socratiq.run.folder import Run
 
 
 def parse_arguments():
@@ -66,8 +65,7 @@ def parse_arguments():
 
 def run_stage():
     args = parse_arguments()
-    distributed.start(args.device)
-    run = Run(args, "sft")
+    run = distributed.open_run(args, "sft")
     if run.finished:
         return
     import math
@@ -166,14 +164,12 @@ def run_stage():
                 if distributed.rank() == 0:
                     with replacing(best) as temporary:
                         save_file({name: x.contiguous() for name, x in weights.items()}, temporary)
-        run.log(step + 1, **metrics)
-        run.log_time(step + 1, seconds, sum(len(train[i][0]) + len(train[i][1]) for i in chosen))
-        run.progress.set_postfix(loss=f"{loss:.3f}")
-
-        state = {"step": step + 1, "best_loss": best_loss, "first_loss": first_loss, "last_loss": last_loss}
-        if (step + 1) % args.checkpoint_every == 0 or place + 1 == per_epoch or step + 1 == steps:
-            run.save(policy, optimizer, **state)
-        run.leave_if_asked(policy, optimizer, **state)
+        state = {"best_loss": best_loss, "first_loss": first_loss, "last_loss": last_loss}
+        run.end_step(
+            step + 1, policy, optimizer, metrics, state, seconds=seconds,
+            tokens=sum(len(train[i][0]) + len(train[i][1]) for i in chosen), show={"loss": loss},
+            checkpoint=place + 1 == per_epoch,
+        )  # fmt: skip
 
     # Save, of the best epoch if there is one.
     if distributed.first(best.exists):

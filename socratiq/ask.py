@@ -54,7 +54,7 @@ def parse_arguments(argv: list[str] | None = None):
     model.add_argument("--scorer", metavar="FOLDER", help="default: scorer beside the model; none does not rank")
     model.add_argument("--temperature", type=cli.not_negative, default=0.8, help="lower is safer, higher bolder")
     model.add_argument(
-        "--seed", type=cli.count_or_none, metavar="N", help="the same questions again; default: new ones"
+        "--seed", type=cli.zero_or_more, metavar="N", help="the same questions again; default: new ones"
     )
     model.add_argument("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
     model.add_argument(

@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None):
     data = parser.add_argument_group("texts; what is not given here is as it was when --sft was trained")
     data.add_argument("--data", type=cli.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
     data.add_argument("--held-out", type=cli.fraction, metavar="SHARE", help="share of texts held out")
-    data.add_argument("--seed", type=cli.count_or_none, metavar="N", help="seed of that split and of the questions")
+    data.add_argument("--seed", type=cli.zero_or_more, metavar="N", help="seed of that split and of the questions")
     data.add_argument("--limit", type=cli.count, default=16, metavar="TEXTS", help="at most so many held-out texts")
     asking = parser.add_argument_group("asking")
     asking.add_argument(
@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None = None):
     out = parser.add_argument_group("out")
     out.add_argument("--out", metavar="FILE", help="default: evaluation.json in the folder of runs")
     out.add_argument("--bootstrap", type=cli.count, default=2000, metavar="N", help="resamples behind an interval")
-    out.add_argument("--show", type=cli.count_or_none, default=3, metavar="N", help="texts whose questions are printed")
+    out.add_argument("--show", type=cli.zero_or_more, default=3, metavar="N", help="texts whose questions are printed")
     args = parser.parse_args(argv)
     if args.scorer == "none":
         parser.error("--scorer none: without a scorer there are no figures; name a folder, or leave it out")

@@ -31,7 +31,7 @@ def parse_arguments():
         "--scorer", default="runs/scorer", metavar="FOLDER", help="PPO's scorer; fitted if there is none"
     )
     parser.add_argument("--max-new-tokens", type=cli.count, default=24, metavar="TOKENS", help="longest PPO sample")
-    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=cli.zero_or_more, default=0, help="seed of everything random")
     parser.add_argument("--width", type=cli.count, metavar="COLUMNS", help="of the page; default: the terminal's")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="auto: on a terminal")
     return parser.parse_args()

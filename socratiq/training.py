@@ -122,7 +122,7 @@ def update(
 def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return distributed.whole(torch.nn.utils.get_total_norm(gradients))
+    return distributed.full_tensor(torch.nn.utils.get_total_norm(gradients))
 
 
 def at_fault(policy, rows: list, alone: Callable) -> list[Suspect]:

@@ -17,7 +17,7 @@ def slow_steps():
     """Every forward pass takes a while, so that a signal comes in the middle of a step."""
     import time
 
-    import socratiq.policy as policy
+    import socratiq.models as policy
 
     original = policy.token_logprobs
 

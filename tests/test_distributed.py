@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 from collections import Counter
+from pathlib import Path
 
 import patches
 import pytest
@@ -42,46 +43,33 @@ def stop_at_2():
     """Called in the scripts' processes: the first of them is asked to stop during its second step."""
     from socratiq.run.folder import Run
 
-    leave = Run.leave_if_asked
+    end_step = Run.end_step
 
-    def leave_if_asked(self, policy, optimizer, **state):
-        if state["step"] == 2 and os.environ.get("RANK", "0") == "0":
-            self.stopping = signal.SIGTERM
-        leave(self, policy, optimizer, **state)
+    def stop(self, step, *rest, **options):
+        if step == 2 and os.environ.get("RANK", "0") == "0":
+            self.asked_to_stop = signal.SIGTERM
+        end_step(self, step, *rest, **options)
 
-    Run.leave_if_asked = leave_if_asked
-
-
-def stop_at_2_without_saving_twice():
-    """The same, where a checkpoint of this very step lies there already: its parts are not touched again."""
-    from socratiq.engine import distributed
-
-    save, folders = distributed.save_parts, set()
-
-    def save_parts(tensors, folder):
-        assert folder not in folders
-        folders.add(folder)
-        return save(tensors, folder)
-
-    distributed.save_parts = save_parts
-    stop_at_2()
+    Run.end_step = stop
 
 
 def killed_among_the_parts():
     """Both processes die when the parts of step 2 are written, one of them by half, and the file that counts is not."""
+    import torch.distributed.checkpoint as dcp
+
     from socratiq.engine import distributed
 
-    save = distributed.save_parts
+    save = dcp.save
 
-    def save_parts(tensors, folder):
-        left = save(tensors, folder)
+    def save_and_die(tensors, storage_writer):
+        save(tensors, storage_writer=storage_writer)
+        folder = Path(storage_writer.path)
         if folder.name == "checkpoint-2":
             distributed.first(lambda: os.truncate(min(folder.iterdir()), 1000))
             distributed.first(lambda: (folder / "shard-00003-model-00001-of-00001.safetensors").touch())  # of a third
             os.kill(os.getpid(), signal.SIGKILL)
-        return left
 
-    distributed.save_parts = save_parts
+    dcp.save = save_and_die
 
 
 def small_disk():
@@ -197,20 +185,22 @@ def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, s
 def test_no_process_writes_more_than_its_part(launch, folder, alone, stage):
     out = folder / "parts" / stage
     arguments = (*STAGES[stage], "--checkpoint-every", 1)
-    finish(launch(2, arguments, out, patch="test_distributed:stop_at_2_without_saving_twice"), expect=143)
+    finish(launch(2, arguments, out, patch="test_distributed:stop_at_2"), expect=143)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"], "the one before is gone"
-    whole = load_file(out / "checkpoint.safetensors")
-    assert whole and all(name.startswith("step.") for name in whole), "of what is not spread, the first writes all"
+    assert not load_file(out / "checkpoint.safetensors"), "it holds the state alone"
     files = sorted((out / "checkpoint-2").iterdir())
     parts = [{}, {}]
     for file in files:
         assert file.suffix == ".safetensors" and file.read_bytes()[8:9] == b"{", "a header in JSON, nothing pickled"
         number = int(re.match(r"shard-0000([12])-model", file.name)[1]) - 1
         parts[number] |= load_file(file)  # in which every number is accounted for: there is no room for a pickle
-    assert parts[0].keys() >= parts[1].keys() and len(files) == 2 * -(-len(parts[0]) // 64)
+    assert len(files) == 2 * -(-len(parts[0] | parts[1]) // 64)
+    steps = [{name for name in part if name.startswith("step.")} for part in parts]
+    assert len(steps[0] | steps[1]) == len(steps[0]) + len(steps[1]), "a number that is not spread is written once"
+    parts = [{name: x for name, x in part.items() if not name.startswith("step.")} for part in parts]
     kinds = Counter(name.partition(".")[0] for name in parts[0])
-    assert kinds.keys() == {"weight", "exp_avg", "exp_avg_sq"} and len(set(kinds.values())) == 1
-    assert kinds["weight"] == len(whole)
+    assert parts[0].keys() >= parts[1].keys() and kinds.keys() == {"weight", "exp_avg", "exp_avg_sq"}
+    assert len(set(kinds.values())) == 1 and kinds["weight"] == len(steps[0] | steps[1])
     for name, part in parts[0].items():
         assert part.numel() == 1 or part.shape[1:] == parts[1][name].shape[1:], name
         assert part.numel() == 1 or abs(len(part) - len(parts[1][name])) <= 1, name
@@ -294,7 +284,7 @@ def exchange():
     from socratiq.engine import distributed
     from socratiq.run.errors import UserError
 
-    distributed.start("cpu")
+    distributed._join("cpu")
     items = [
         [1, [2, 3]],
         "d\u00e9j\u00e0 vu?",
@@ -302,13 +292,13 @@ def exchange():
         torch.tensor([[7], [8]]),
         0.1,
     ]
-    back = distributed.collect(distributed.share(items))
+    back = distributed.collect(distributed.share(items), len(items))
     for mine, theirs in zip(items, back, strict=True):
         if isinstance(mine, torch.Tensor):
             torch.testing.assert_close(theirs, mine, rtol=0, atol=0, equal_nan=True)  # and of one type
         else:
             assert theirs == mine
-    assert distributed.collect(distributed.share([5])) == [5], "one process may have nothing"
+    assert distributed.collect(distributed.share([5], 0), 1) == [5], "one process has the filler alone"
     assert distributed.first(lambda: {"rank": distributed.rank()}) == {"rank": 0}
 
     def refuse():

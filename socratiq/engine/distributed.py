@@ -2,62 +2,34 @@
 
     torchrun --nproc-per-node 8 train_sft.py --model meta-llama/Llama-3.1-8B
 
-The same command gives the same run on any number of processes. --batch-size and every other argument count for all of
-them together; the numbers logged and the weights written differ by rounding alone, and a run begun on two processes
-can be continued on one. How:
+The same command gives the same run on any number of processes: --batch-size and every other argument count for all of
+them together, the numbers logged and the weights written differ by rounding alone, and a run begun on two processes can
+be continued on one.
 
 - The model is sharded (FSDP2): every process holds 1/world of each weight, its gradient and its moments. A layer's
-  weights are gathered just before the layer runs and let go just after.
-- The rows of each forward pass are dealt out like cards: row i goes to process i modulo world. A process that gets none
-  runs an empty batch, since gathering needs everybody.
-- Losses are divided by the tokens of all processes, and gradients added up (FSDP would take their mean).
-- What a later step needs whole (scores and old log-probs in PPO, metrics) is collected, and then computed by each
-  process for itself, on the same numbers with the same result.
-- The first process alone prints and writes, except for checkpoints, to which every process adds a file with its part.
+  weights are gathered just before the layer runs and dropped just after.
+- Row i of a forward pass goes to process i modulo world. Gathering needs every process, so one without rows runs a
+  filler row that counts for nothing.
+- Losses are divided by the tokens of all processes, and gradients are summed (FSDP would take their mean).
+- Only the first process prints and writes, except for checkpoints, to which every process adds files with its part.
 
-Until `start` finds that torchrun started more than one process, every function here hands back what it was given, and
-torch.distributed is not imported (but for `load_parts`, where one process continues what several began).
+With one process every function here returns what it was given, and torch.distributed is not imported (except to read a
+checkpoint that several processes wrote).
 """
 
 from __future__ import annotations
 
 import atexit
-import json
+import contextlib
 import os
 import sys
 import warnings
-from pathlib import Path
 
 from socratiq.run.errors import UserError
 from socratiq.run.files import remove, sync
+from socratiq.run.folder import Run
 
 _rank, _world = 0, 1
-
-
-def start(device: str) -> None:
-    """Join the other processes, if torchrun started any. `device` is the --device argument.
-
-    CUDA processes take the GPU of their local rank and talk over NCCL; what lives on the CPU goes over gloo.
-    """
-    global _rank, _world
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or _world > 1:
-        return
-    import torch
-    import torch.distributed as dist
-
-    if device == "mps":
-        raise UserError("--device mps: several processes need --device cpu or cuda")
-    cuda = device != "cpu" and torch.cuda.is_available()
-    if cuda:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= gpus:
-            raise UserError(f"torchrun started more processes than there are GPUs here; use --nproc-per-node {gpus}")
-        torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    atexit.register(dist.destroy_process_group)
-    _rank, _world = dist.get_rank(), dist.get_world_size()
-    if _rank > 0:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
 
 
 def rank() -> int:
@@ -70,39 +42,71 @@ def world() -> int:
     return _world
 
 
-# --- rows and numbers -----------------------------------------------------------------------------------------------
+def open_run(args, stage: str) -> Run:
+    """Join the other processes if torchrun started any, and open the run in --out.
+
+    CUDA processes take the GPU of their local rank and talk over NCCL; tensors on the CPU go over gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if getattr(args, "plain", False) or args.device == "mps":
+            raise UserError("several processes need --device cpu or cuda, and no --plain")
+        _join(args.device)
+    return ShardedRun(args, stage) if _world > 1 or Run.parts_in(args.out) else Run(args, stage)
 
 
-def share(items) -> list:
-    """This process's items: every world-th. May be empty."""
-    return list(items)[_rank::_world]
-
-
-def collect(items: list) -> list:
-    """The way back: every process's share, in the order from which they were dealt. Items are tensors, or JSON."""
-    if _world == 1:
-        return items
-    shares = _exchange(items)
-    return [shares[i % _world][i // _world] for i in range(sum(map(len, shares)))]
-
-
-def _exchange(value) -> list:
-    """Every process's value, by rank. It travels as JSON, since PyTorch's own way for objects would pickle it."""
+def _join(device: str) -> None:
+    global _rank, _world
     import torch
     import torch.distributed as dist
 
-    def pack(x):  # floats come back as they were: Python writes as many digits as that takes
-        return {"tensor": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"torchrun started more processes than there are GPUs here; use --nproc-per-node {gpus}")
+        torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    atexit.register(dist.destroy_process_group)
+    _rank, _world = dist.get_rank(), dist.get_world_size()
+    if _rank > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
 
-    def unpack(x):
-        return torch.tensor(x["tensor"], dtype=getattr(torch, x["dtype"])) if x.keys() == {"tensor", "dtype"} else x
 
-    data = json.dumps(value, default=pack).encode()
-    data = data.ljust(most(len(data)))  # all of one length; JSON allows for blanks at the end
-    mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    everyones = [torch.empty_like(mine) for _ in range(_world)]
-    dist.all_gather(everyones, mine)
-    return [json.loads(theirs.numpy().tobytes(), object_hook=unpack) for theirs in everyones]
+# --- rows and numbers -----------------------------------------------------------------------------------------------
+
+
+def share(items, *filler) -> list:
+    """This process's items: every world-th. If there are none, the filler."""
+    return list(items)[_rank::_world] or list(filler)
+
+
+def collect(items: list, count: int) -> list:
+    """The way back: all `count` items in the order from which they were shared out, on every process."""
+    if _world == 1:
+        return items
+    import torch.distributed as dist
+
+    shares = [None] * _world
+    dist.all_gather_object(shares, items)  # pickled, but on the way between our own processes only
+    return [shares[i % _world][i // _world] for i in range(count)]
+
+
+def first(function):
+    """What `function()` returns in the first process, or the UserError it raises; the others do not run it."""
+    if _world == 1:
+        return function()
+    import torch.distributed as dist
+
+    said = [None, None]
+    if _rank == 0:
+        try:
+            said[0] = function()
+        except UserError as error:
+            said[1] = error
+    dist.broadcast_object_list(said)  # pickled, but on the way between our own processes only
+    if said[1]:
+        raise said[1]
+    return said[0]
 
 
 def all_sum(x):
@@ -132,22 +136,6 @@ def most(number: int) -> int:
     return int(number)
 
 
-def first(function):
-    """What `function()` returns, or the UserError it raises, in the first process; the others do not run it."""
-    if _world == 1:
-        return function()
-    result, error = None, None
-    if _rank == 0:
-        try:
-            result = function()
-        except UserError as raised:
-            error = str(raised)
-    result, error = _exchange([result, error])[0]
-    if error is not None:
-        raise UserError(error)
-    return result
-
-
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -171,14 +159,14 @@ def shard(policy) -> None:
         for layer in lm.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed if policy.autocast else MixedPrecisionPolicy())
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
-    # FSDP warns of outputs changed in place, which would pass by its hooks. Nothing here changes them in place.
+    # FSDP warns of outputs changed in place, which would bypass its hooks. Nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for unit in units(policy):
-        unit.set_gradient_divide_factor(1.0)  # add gradients up: the losses are divided by the tokens of all processes
+    for unit in _units(policy):
+        unit.set_gradient_divide_factor(1.0)  # sum the gradients: the losses are divided by the tokens of all processes
         unit.set_force_sum_reduction_for_comms(True)
 
 
-def units(policy) -> list:
+def _units(policy) -> list:
     """The modules whose weights are gathered together; none with one process."""
     if _world == 1:
         return []
@@ -187,8 +175,23 @@ def units(policy) -> list:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def whole(tensor):
-    """All of a tensor that is spread over the processes; any other tensor as it is. All processes call it together."""
+@contextlib.contextmanager
+def unsharded(policy):
+    """Inside, all weights are whole on every process, so that each can sample without waiting for the others."""
+    units = _units(policy)
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+def full_tensor(tensor):
+    """All of a tensor that is spread over the processes; any other tensor unchanged. All processes call it together."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -198,7 +201,7 @@ def gather(tensors: dict) -> dict:
         return tensors
     gathered = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor)  # on every process, but only one tensor at a time
+        tensor = full_tensor(tensor)  # on every process, but only one tensor at a time
         if _rank == 0:
             gathered[name] = tensor.to("cpu", copy=True)  # without the padding that uneven shards leave behind it
     return gathered
@@ -213,45 +216,60 @@ def part(tensor, parameter):
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------
+# --- the run --------------------------------------------------------------------------------------------------------
 
 
-def save_parts(tensors: dict, folder: Path) -> dict:
-    """Write the tensors that are spread over the processes into `folder`, each process its part; hand back the others.
+class ShardedRun(Run):
+    """A run that several processes share, or that several began and one continues.
 
-    All is on the disk when this returns. The files are safetensors and say in their headers where a part belongs; only
-    the plan of who writes what is pickled, on its way between these processes.
+    Weights and moments are written through torch.distributed.checkpoint into a folder checkpoint-STEP, each process its
+    part, as safetensors: nothing is pickled on the disk. checkpoint.safetensors comes after them and names the folder.
     """
-    spread = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
-    if spread:
+
+    @property
+    def writes(self) -> bool:
+        return _rank == 0
+
+    def _in_first(self, function):
+        return first(function)
+
+    def _signal_of_any(self) -> int:
+        return most(self.asked_to_stop)
+
+    def _write_checkpoint(self, tensors: dict, state: dict) -> None:
+        if _world == 1:
+            return super()._write_checkpoint(tensors, state)
         import torch.distributed.checkpoint as dcp
 
-        first(lambda: remove(folder))  # left behind by a kill, perhaps of more processes: those files would be read too
-        # A file is put together in memory, so 64 tensors make one: it is small beside what this process holds.
-        files = {name: 1 + number // 64 for number, name in enumerate(spread)}
+        # Every checkpoint has a folder of its own, so that the one before stays whole.
+        folder = self.out / f"checkpoint-{state['step']}"
+        first(lambda: remove(folder))  # left behind by a kill, perhaps of more processes: their files would be read too
+        files = {name: 1 + number // 64 for number, name in enumerate(tensors)}  # a file is assembled in memory
         try:
-            dcp.save(spread, storage_writer=dcp.HuggingFaceStorageWriter(folder, files, save_distributed=True))
+            dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, files, save_distributed=True))
         except dcp.api.CheckpointException as failed:
             raise failed.failures[min(failed.failures)][0] from None  # a full disk, say
-        for place in (folder, folder.parent):
-            sync(place)
-    return {name: tensor for name, tensor in tensors.items() if name not in spread}
+        for path in (folder, self.out):
+            sync(path)
+        if self.writes:
+            super()._write_checkpoint({}, {**state, "parts": folder.name})
+            for other in set(Run.parts_in(self.out)) - {folder}:
+                remove(other)
 
+    def _read_tensors(self, state: dict, parameters: dict, device) -> dict:
+        if "parts" not in state:
+            whole = super()._read_tensors(state, parameters, device)
+            return {name: part(tensor, parameters[name.partition(".")[2]]) for name, tensor in whole.items()}
+        import torch
+        import torch.distributed.checkpoint as dcp
 
-def load_parts(folder: Path, parameters: dict) -> dict:
-    """This process's part of every tensor in `folder`, however many processes wrote it; one process gets all of it.
-
-    A tensor is called KIND.NAME and is spread as parameters[NAME] is: that weight, or one of its moments.
-    """
-    import torch
-    import torch.distributed.checkpoint as dcp
-
-    reader, tensors = dcp.HuggingFaceStorageReader(folder), {}
-    for name, stored in reader.read_metadata().state_dict_metadata.items():
-        tensors[name] = torch.empty_like(parameters[name.partition(".")[2]], requires_grad=False)
-        if sum(chunk.sizes.numel() for chunk in stored.chunks) != tensors[name].numel():
-            raise KeyError(f"a part of {name} is missing in {folder}")
-    # Everybody knows what to read: nothing has to be planned together, which is what the warning is about.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    dcp.load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
+        reader, tensors = dcp.HuggingFaceStorageReader(self.out / state["parts"]), {}
+        for name, stored in reader.read_metadata().state_dict_metadata.items():
+            like = parameters[name.partition(".")[2]] if stored.size else torch.zeros(())  # else a step count
+            tensors[name] = torch.empty_like(like, requires_grad=False)
+            if sum(chunk.sizes.numel() for chunk in stored.chunks) != tensors[name].numel():
+                raise KeyError(f"a part of {name} is missing in {self.out / state['parts']}")
+        # Every process knows what to read: nothing has to be planned together, which is what the warning is about.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        return tensors

@@ -1,22 +1,23 @@
-"""How a run ends when something is wrong: one clear line, the right exit status, no traceback for a user's mistake."""
+"""How a script ends when something is wrong: one clear line, an exit status, no traceback for a user's mistake."""
 
 import errno
 import os
+import re
 import signal
 import sys
 
-# What the system says of a disk, a quota or a file that can hold no more.
+# The disk, a quota or a file cannot hold more.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# What the system says of a path that cannot be used: the user's to mend, not a bug.
-WRONG_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
+# The path cannot be used, or its folder was removed meanwhile: for the user to put right, not a bug.
+BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message is one line that names the file, row, field and mend."""
+    """A mistake that the user can correct. The message is one line that names the file, row, field and what to do."""
 
 
-class Stopped(BaseException):  # no `except Exception` on the way out should swallow it
-    """SIGINT or SIGTERM arrived, and what had to be brought to the disk is there. `status` is 130 or 143."""
+class Stopped(BaseException):  # not an Exception, so that no `except Exception` on the way out swallows it
+    """SIGINT or SIGTERM arrived, and everything worth keeping is on the disk. `status` is 130 or 143."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -26,12 +27,15 @@ class Stopped(BaseException):  # no `except Exception` on the way out should swa
 def main(function) -> None:
     """Run a script's main function and turn what it raises into one line on stderr and an exit status.
 
-    UserError and a path that cannot be used -> 2, Ctrl-C -> 130, SIGTERM -> 143, a full disk -> 1; anything else is a
-    bug and keeps its traceback.
+    UserError and a path that cannot be used -> 2, SIGINT -> 130, SIGTERM -> 143, a full disk -> 1. Any other exception
+    is a bug and keeps its traceback.
     """
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _on_signal)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows \u2019 instead of ending the run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of libraries, which draw them into files as well
+        os.environ.setdefault("TQDM_DISABLE", "1")  # libraries draw their progress bars into files as well
     try:
         function()
     except UserError as error:
@@ -44,18 +48,42 @@ def main(function) -> None:
         sys.stderr.close()
         sys.exit(1)
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in WRONG_PLACE:
-            _leave(f"error: {error.filename}: {error.strerror}; choose another place or change its permissions", 2)
-        # safetensors wraps what the system says in an error of its own, hence the look at the text
-        if number not in FULL_DISK and not any(f"(os error {full})" in str(error) for full in FULL_DISK):
-            raise
-        place = getattr(error, "filename", None) or "the output folder"
-        _leave(f"error: no space left on the disk while writing {place}; free some and run the same command again", 1)
+        number, path = _system_error(error)
+        if number in FULL_DISK:
+            line = f"no space left on the disk while writing {path or 'the output folder'}"
+            _leave(f"error: {line}; free some and run the same command again", 1)
+        if number in BAD_PATH:
+            reason = os.strerror(number)
+            _leave(f"error: {path or 'a file'}: {reason}; choose another place or change its permissions", 2)
+        if number == errno.ENOENT:
+            _leave(f"error: {path or 'a file'} is gone; was its folder removed meanwhile?", 2)
+        raise
 
 
-def _terminated(number, frame):
-    raise Stopped("terminated", 128 + number)
+def _system_error(error: Exception) -> tuple[int | None, str | None]:
+    """The system's error number and the path, None where there is none. safetensors has the number in its text only."""
+    if isinstance(error, OSError):
+        denied = errno.EACCES if isinstance(error, PermissionError) else None
+        return error.errno or denied, error.filename
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return found and int(found[1]), None
+
+
+def _on_signal(number, frame):
+    stop_now(number, frame, "terminated" if number == signal.SIGTERM else "interrupted")
+
+
+def stop_now(number: int, frame, message: str) -> None:
+    """For signal handlers: raise Stopped, or end the process at once while a module is being imported.
+
+    Libraries catch exceptions around their imports: some would go on, others print hundreds of lines.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{message}\n".encode() if speaks() else b"")  # print is not safe in a signal handler
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise Stopped(message, 128 + number)
 
 
 def _leave(line: str, status: int) -> None:
@@ -69,7 +97,7 @@ def warn(line: str) -> None:
 
 
 def say(line: str) -> None:
-    """One line on stderr. Of several processes on a machine (torchrun) the first speaks for all."""
+    """One line on stderr. Of several processes on a machine (torchrun) only the first speaks."""
     if speaks():
         print(line, file=sys.stderr, flush=True)
 

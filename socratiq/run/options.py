@@ -1,4 +1,4 @@
-"""What the command lines of all scripts share: one-line errors, checked numbers, the arguments every stage has.
+"""The parts that all command lines share: one-line errors, checked numbers, the arguments of every stage.
 
 Imports neither torch nor transformers, so that --help and a mistyped argument answer at once.
 """
@@ -11,7 +11,7 @@ from socratiq.run.errors import UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for None, True and False, which tell nobody anything, and for a number its kind or unit."""
+    """Shows defaults except None, True and False, and for a number its kind or unit."""
 
     def _get_help_string(self, action):
         said = action.default is None or isinstance(action.default, bool)
@@ -62,11 +62,12 @@ positive = number(float, above=0)
 not_negative = number(float, least=0)
 fraction = number(float, least=0, below=1, metavar="SHARE")
 count = number(int, least=1)
-count_or_none = number(int, least=0)
+zero_or_more = number(int, least=0)
+count_or_none = zero_or_more
 
 
 def source(text: str) -> str:
-    """An argument type: what --data takes. An address with a password is refused: arguments are written into files."""
+    """An argument type for --data. An address with a password is refused, since arguments are written into files."""
     if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
         raise argparse.ArgumentTypeError("an address must not hold a name or password; download the file and name that")
     return text
@@ -78,63 +79,36 @@ source.metavar = "SOURCE"
 def add_run_arguments(parser: Parser, out: str) -> None:
     """The arguments that every training stage has."""
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
-    group.add_argument("--seed", type=count_or_none, default=0, help="seed of everything random")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16"],
-        help="precision of the matrix products; trained weights and losses stay float32 (auto: bfloat16 where fast)",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="on a GPU too the same command gives the same bytes, somewhat slower (on the CPU it does so anyway)",
-    )
-    group.add_argument(
-        "--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from"
-    )
-    group.add_argument(
-        "--restart", action="store_true", help="throw away what --out holds of this stage and begin anew"
-    )
-    group.add_argument(
-        "--skip-nonfinite",
-        type=count_or_none,
-        default=0,
-        metavar="N",
-        help="skip up to N updates whose loss or gradient is not finite, instead of stopping at the first",
-    )
+    add = group.add_argument
+    add("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
+    add("--seed", type=zero_or_more, default=0, help="seed of every random draw")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    precision = "of matrix products; losses and trained weights stay float32 (auto: bfloat16 where the hardware has it)"
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=f"precision {precision}")
+    plain = "transformers' own layers, PyTorch's own attention, one process; slower, the same numbers"
+    add("--plain", action="store_true", help=f"leave the engine out: {plain}")
+    add("--deterministic", action="store_true", help="same bytes again on a GPU too, slower (a CPU always does this)")
+    add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
+    add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")
+    skip = "skip up to N updates whose loss or gradient is not finite, instead of stopping at the first"
+    add("--skip-nonfinite", type=zero_or_more, default=0, metavar="N", help=skip)
 
 
 def add_model_arguments(parser: Parser, model: str) -> None:
     """Which model is trained, and how much of it."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        default=model,
-        help='"smollm2", "tiny", a checkpoint folder, or a Hub id such as meta-llama/Llama-3.1-8B',
-    )
-    group.add_argument(
-        "--lora-rank", type=count_or_none, default=16, metavar="R", help="rank of the adapters; 0 trains every weight"
-    )
-    group.add_argument(
-        "--max-prompt-tokens", type=count, default=512, metavar="TOKENS", help="a longer context loses its tail"
-    )
-    group.add_argument(
-        "--grad-checkpoint",
-        action="store_true",
-        help="keep less for the backward pass and compute it again: less memory, a third more time, the same numbers",
-    )
-    group.add_argument(
-        "--load-in-4bit",
-        action="store_true",
-        help="hold the frozen weights under the adapters in 4 bits (needs bitsandbytes); what is written is not packed",
-    )
+    add = group.add_argument
+    add("--model", default=model, help='"smollm2", "tiny", a checkpoint folder, or a Hub id: meta-llama/Llama-3.1-8B')
+    add("--lora-rank", type=zero_or_more, default=16, metavar="R", help="rank of the adapters; 0 trains every weight")
+    add("--max-prompt-tokens", type=count, default=512, metavar="TOKENS", help="a longer context loses its tail")
+    again = "recompute activations in the backward pass: less memory, a third more time, the same numbers"
+    add("--grad-checkpoint", action="store_true", help=again)
+    packed = "hold frozen weights in 4 bits (needs bitsandbytes and adapters); the model written is not packed"
+    add("--load-in-4bit", action="store_true", help=packed)
 
 
 def model_options(args) -> dict:
-    """What `load_policy` is told of these arguments, beside model, device and dtype."""
+    """The arguments of `load_policy` beside model, device and dtype."""
     return {name: getattr(args, name) for name in ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit")}
 
 

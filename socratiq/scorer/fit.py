@@ -43,7 +43,7 @@ def parser_of(name: str, description: str, help: str) -> cli.Parser:
     parser.add_argument("--data", type=cli.source, default="sample", help="rows of context, question and type")
     parser.add_argument("--out", default=f"runs/{name}", metavar="FOLDER", help=f"folder of the {name}")
     parser.add_argument("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help=help)
-    parser.add_argument("--seed", type=cli.count_or_none, default=0, help="seed of that split")
+    parser.add_argument("--seed", type=cli.zero_or_more, default=0, help="seed of that split")
     parser.add_argument("--folds", type=cli.number(int, least=2), default=5, help="of the cross-validation by text")
     return parser
 
