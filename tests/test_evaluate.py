@@ -3,28 +3,24 @@
 import json
 import math
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from fault_server import FaultServer
 
 from socratiq import evaluate
-from socratiq.evaluation import api_judge, bootstrap, figures, measures
-from socratiq.evaluation.questions import Answer, Model, Readings, Task
+from socratiq.data import Row
+from socratiq.evaluation import api_judge, asking, figures, measures, table
+from socratiq.evaluation.asking import Task
 from socratiq.run.errors import UserError
 
-# ---------------------------------------------------------------------------------------------- words, counted by hand
+# ------------------------------------------------------------------------------------------- questions, counted by hand
 
 
-def test_words_keep_apostrophes_and_drop_punctuation():
-    assert measures.words("Why, don’t they — 2 of 3 — pay?") == ["why", "don't", "they", "2", "of", "3", "pay"]
-
-
-def test_distinct_is_different_ngrams_over_ngrams():
-    questions = ["why do they", "why do we"]  # words: why do they why do we; pairs: why-do do-they why-do do-we
-    assert measures.distinct(questions, 1) == 4 / 6
-    assert measures.distinct(questions, 2) == 3 / 4
-    assert measures.distinct([], 2) == measures.distinct(["why"], 2) == 0
+def test_distinct_2_is_different_word_pairs_over_word_pairs():
+    assert measures.distinct_2(["why do they", "Why, do we?"]) == 3 / 4  # why-do do-they why-do do-we
+    assert measures.distinct_2([]) == measures.distinct_2(["why"]) == 0
 
 
 def test_duplicates_are_said_before_word_for_word():
@@ -32,20 +28,16 @@ def test_duplicates_are_said_before_word_for_word():
     assert measures.duplicates([]) == 0
 
 
-def test_copying_is_the_longest_run_over_the_length():
-    assert measures.copying("Is a borrowed drill really broken?", "A borrowed drill comes back broken.") == 3 / 6
-    assert measures.copying("A drill?", "A drill.") == 1
-    assert measures.copying("", "A drill.") == measures.copying("Why?", "") == 0
-    assert measures.copying("Is art good?", "Smart, is it.") == 1 / 3  # "art" within "smart" is no copy
-
-
-def test_relatedness_counts_content_words_by_their_beginnings():
-    context = "Smokers argue that taxes on tobacco are unfair."
-    assert (
-        measures.relatedness("What argument makes a tobacco tax unfair?", context) == 3 / 5
-    )  # argu toba unfa; make tax
-    assert measures.relatedness("What does argument mean?", context) == 1 / 2
-    assert measures.relatedness("Why is it so?", context) == 0
+@pytest.mark.parametrize(
+    ("question", "share"),
+    [
+        ("What argument makes a tobacco tax unfair?", 3 / 5),  # argu toba unfa; not make, tax
+        ("What does argument mean?", 1 / 2),
+        ("Why is it so?", 0),
+    ],
+)
+def test_relatedness_counts_content_words_by_their_beginnings(question, share):
+    assert measures.relatedness(question, "Smokers argue that taxes on tobacco are unfair.") == share
 
 
 @pytest.mark.parametrize(
@@ -64,114 +56,7 @@ def test_well_formed(question, fine):
     assert measures.well_formed(question, "The tax on sugar is fair and good.") is fine
 
 
-# ------------------------------------------------------------------------------------------------ overlap, by the paper
-
-
-def test_bleu_counts_by_hand():
-    # said: the the the cat (4); reference: the cat sat (3). Clipped unigrams: the 1, cat 1; pairs: the-cat 1 of 3.
-    counts = measures.bleu_counts("the the the cat", ["the cat sat"])
-    assert counts == [2, 1, 0, 0, 4, 3, 2, 1, 4, 3]
-    precisions = [2 / 4, 2 / 4, 1 / 3, 1 / 2]  # (matches + 1) / (n-grams + 1) for n > 1
-    assert measures.bleu_of_counts(counts) == pytest.approx(math.prod(precisions) ** 0.25)  # longer: no penalty
-
-
-def test_bleu_brevity_penalty_and_nearest_reference():
-    counts = measures.bleu_counts("a b", ["a b c d", "a b c d e f"])
-    assert counts[-2:] == [2, 4]
-    assert measures.bleu_of_counts(counts) == pytest.approx(math.exp(1 - 4 / 2))  # all that was said matched
-    assert measures.bleu_counts("a b c", ["a b", "a b c d"])[-1] == 2  # of two as near the shorter one
-
-
-def test_bleu_takes_the_larger_count_of_several_references():
-    assert measures.bleu_counts("a a b", ["a a", "a b"])[0] == 3
-
-
-def test_bleu_of_a_copy_is_one_and_of_nothing_zero():
-    assert measures.bleu(["why is the sky blue"], [["why is the sky blue"]]) == pytest.approx(1)
-    assert measures.bleu(["why"], [["how"]]) == measures.bleu([""], [["how"]]) == 0
-
-
-def test_rouge_l_by_hand():
-    # LCS of "police killed the gunman" and "police kill the gunman": police the gunman = 3; F1 = 2*3 / (4+4)
-    assert measures.rouge_l("police killed the gunman", ["police kill the gunman"]) == 6 / 8
-    assert measures.rouge_l("police killed the gunman", ["the gunman kill police"]) == 4 / 8  # Lin 2004's example
-    assert measures.rouge_l("a b", ["c", "b a b"]) == 4 / 5
-    assert measures.rouge_l("", ["a"]) == measures.rouge_l("a", [""]) == 0
-
-
-def test_common_subsequence_against_every_subsequence():
-    from itertools import combinations
-
-    def by_force(a, b):
-        def subsequences(x):
-            return {tuple(x[i] for i in chosen) for n in range(len(x) + 1) for chosen in combinations(range(len(x)), n)}
-
-        return max(map(len, subsequences(a) & subsequences(b)))
-
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
-        a, b = (torch.randint(3, (int(n),), generator=generator).tolist() for n in torch.randint(1, 7, (2,)))
-        assert measures.common_subsequence(a, b) == by_force(a, b)
-
-
-# -------------------------------------------------------------------------------------------------------- the bootstrap
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def test_a_mean_is_over_questions_and_is_resampled_by_text():
-    sums = bootstrap.by_text(2, [0, 0, 1], [1, 0, 1], [1, 1, 1], finish=bootstrap.mean)
-    assert sums.figure() == 2 / 3
-    weights = torch.tensor([[1, 1], [2, 0], [0, 2]], dtype=torch.float64)
-    assert sums.resampled(weights).tolist() == [2 / 3, 1 / 2, 1]
-
-
-def test_every_resample_draws_as_many_texts_as_there_are():
-    weights = bootstrap.resamples(7, 50, generator())
-    assert weights.shape == (50, 7) and (weights.sum(1) == 7).all()
-    assert (weights == bootstrap.resamples(7, 50, generator())).all()
-
-
-def test_the_interval_has_the_width_that_theory_gives():
-    values = torch.randn(400, generator=generator(1), dtype=torch.float64)
-    sums = bootstrap.by_text(400, range(400), values.tolist(), [1.0] * 400, finish=bootstrap.mean)
-    low, high = bootstrap.interval(sums.resampled(bootstrap.resamples(400, 4000, generator())))
-    assert low < sums.figure() < high
-    assert high - low == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.06)
-
-
-def test_questions_that_repeat_their_text_do_not_narrow_the_interval():
-    once = bootstrap.by_text(9, range(9), [0, 1, 1, 0, 1, 0, 0, 1, 1], [1] * 9, finish=bootstrap.mean)
-    often = bootstrap.by_text(9, list(range(9)) * 5, [0, 1, 1, 0, 1, 0, 0, 1, 1] * 5, [1] * 45, finish=bootstrap.mean)
-    weights = bootstrap.resamples(9, 500, generator())
-    assert bootstrap.interval(once.resampled(weights)) == bootstrap.interval(often.resampled(weights))
-
-
-def test_perplexity_is_exp_of_the_mean_per_token():
-    sums = bootstrap.by_text(1, [0, 0], [math.log(2), math.log(8)], [1, 2], finish=bootstrap.exp_mean)
-    assert sums.figure() == pytest.approx(16 ** (1 / 3))
-
-
-def test_a_figure_undefined_in_some_resample_has_no_interval():
-    assert bootstrap.interval(torch.tensor([0.1, math.nan])) is None
-    assert figures.entry(0.5, torch.tensor([0.1, math.nan])) == {"value": 0.5}
-    assert figures.entry(math.nan) == {"value": None}
-
-
-def test_a_step_is_compared_text_by_text():
-    # One text is easy and one is hard: the intervals of both stages overlap, the one of their difference excludes 0.
-    earlier = bootstrap.by_text(4, range(4), [0.0, 0.1, 0.8, 0.9], [1] * 4, finish=bootstrap.mean)
-    later = bootstrap.by_text(4, range(4), [0.1, 0.2, 0.9, 1.0], [1] * 4, finish=bootstrap.mean)
-    weights = bootstrap.resamples(4, 500, generator())
-    change = figures.step({"x": earlier, "y": earlier}, {"x": later}, weights)
-    assert list(change) == ["x"]
-    assert change["x"]["value"] == change["x"]["low"] == change["x"]["high"] == 0.1
-    assert figures.entries({"x": earlier}, weights)["x"]["high"] > figures.entries({"x": later}, weights)["x"]["low"]
-
-
-# ------------------------------------------------------------------------------------------------------ asking, reading
+# ------------------------------------------------------------------------------------------------------- the figures
 
 
 class Sees:
@@ -186,70 +71,138 @@ class Sees:
         return self.strengths(contexts, questions)[:, 0] / 2
 
 
-TASKS = [
-    Task(0, "Cats are dogs.", "Analogy", ["Analogy of cats?"]),
-    Task(0, "Cats are dogs.", "Clarity", []),
-    Task(1, "Dogs are cats, mostly.", "Analogy", ["Are dogs like cats?", "How so?"]),
-]
+def record(context, question="Why?", type="Analogy", **fields):
+    return {"context": context, "type": type, "question": question, "eos": True, **fields}
+
+
+def measured(*records, **classifiers):
+    figures.measure(list(records), ["Cats are dogs.", "Dogs are cats, mostly."], {"judge": Sees()} | classifiers)
+    return list(records)
+
+
+def ratios(values, per_text=1):
+    """A figure of one question a text, or of several questions that are all alike."""
+    return {"x": torch.tensor([[value, 1.0] for value in values], dtype=torch.float64) * per_text}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_records_carry_strength_type_and_reward():
-    answers = [[Answer("Analogy or what?", [5], True)], [], [Answer("What is a cat then?", [6], False)]]
-    first, second = figures.records_of(TASKS, answers, {"judge": Sees(), "scorer": Sees()})
-    assert (first["judge"], first["judge_type"], first["reward"], first["ended"]) == (0.9, "Analogy", 0.45, True)
-    assert (second["context"], second["scorer"], second["scorer_type"]) == (1, 0.1, "Clarity")
-    assert second["well_formed"] and not second["ended"]
-    found = figures.figures_of_records([first, second], 2)
-    assert found["judge/accuracy"].figure() == 0.5
-    assert found["scorer/strength"].figure() == 0.5
-    assert found["eos"].figure() == 0.5
-    assert figures.records_of(TASKS, [[], [], []], {"scorer": Sees()}) == []
+    first, second = measured(record(0, "Analogy or what?"), record(1, "What are cats then?", eos=False), scorer=Sees())
+    assert (first["judge"], first["judge_type"], first["reward"], first["words"]) == (0.9, "Analogy", 0.45, 3)
+    assert (second["scorer"], second["scorer_type"], second["relatedness"]) == (0.1, "Clarity", 1)
+    found = figures.figures_of(figures.sums_by_text([first, second], 2), figures.draws(2, generator(), 0))
+    values = {name: entry["value"] for name, entry in found.items()}
+    assert values["judge/accuracy"] == values["scorer/accuracy"] == values["eos"] == 0.5
+    assert values["scorer/reward"] == pytest.approx((0.45 + 0.05) / 2) and values["words"] == 3.5
 
 
-def test_reading_many_stages_at_once_is_reading_one_by_one():
+def test_without_scorer_and_base_model_their_figures_are_absent():
+    found = figures.sums_by_text(measured(record(0)), 2)
+    assert set(found) == {"judge/accuracy", "well_formed", "eos", "words", "relatedness"}
+
+
+def test_a_mean_is_over_questions_and_is_resampled_by_text():
+    records = measured(record(0, "Analogy?"), record(0), record(1, "Analogy?"))
+    sums = figures.sums_by_text(records, 2)["judge/accuracy"]
+    weights = torch.tensor([[1, 1], [2, 0], [0, 2]], dtype=torch.float64)
+    assert figures.values("judge/accuracy", sums, weights).tolist() == [2 / 3, 1 / 2, 1]
+
+
+def test_perplexity_is_exp_of_the_mean_per_token():
+    records = measured(record(0, base_nats=math.log(2), base_tokens=1), record(0, base_nats=math.log(8), base_tokens=2))
+    sums = figures.sums_by_text(records, 1)["base_perplexity"]
+    found = figures.values("base_perplexity", sums, torch.ones(1, 1, dtype=torch.float64))
+    assert found.item() == pytest.approx(16 ** (1 / 3))
+
+
+def test_every_resample_draws_as_many_texts_as_there_are():
+    weights = figures.draws(7, generator(), 50)
+    assert weights.shape == (51, 7) and (weights.sum(1) == 7).all() and (weights[0] == 1).all()
+    assert (weights == figures.draws(7, generator(), 50)).all() and (weights[1:] != 1).any()
+    assert figures.draws(1, generator()).tolist() == [[1]]  # a single text gives no interval
+
+
+def test_the_interval_has_the_width_that_theory_gives():
+    values = torch.randn(400, generator=generator(1), dtype=torch.float64)
+    found = figures.figures_of(ratios(values.tolist()), figures.draws(400, generator(), 4000))["x"]
+    assert found["low"] < found["value"] < found["high"]
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.06)
+
+
+def test_questions_that_repeat_their_text_do_not_narrow_the_interval():
+    values, weights = [0, 1, 1, 0, 1, 0, 0, 1, 1], figures.draws(9, generator(), 500)
+    assert figures.figures_of(ratios(values), weights) == figures.figures_of(ratios(values, 5), weights)
+
+
+def test_a_figure_undefined_in_some_resample_has_no_interval():
+    assert figures.entry(torch.tensor([0.5, 0.1, math.nan])) == {"value": 0.5}
+    assert figures.entry(torch.tensor([math.nan])) == {"value": None}
+
+
+def test_a_change_is_compared_text_by_text():
+    # Some texts are easy and some hard: the intervals of both stages overlap, the one of their difference excludes 0.
+    earlier, later, weights = ratios([0, 0.1, 0.8, 0.9]), ratios([0.1, 0.2, 0.9, 1]), figures.draws(4, generator(), 500)
+    change = figures.change(earlier | {"y": earlier["x"]}, later, weights)
+    assert change == {"x": {"value": 0.1, "low": 0.1, "high": 0.1}}
+    assert figures.figures_of(earlier, weights)["x"]["high"] > figures.figures_of(later, weights)["x"]["low"]
+
+
+# ------------------------------------------------------------------------------------------------------ asking, reading
+
+TASKS = [Task(0, "Cats are dogs.", "Analogy"), Task(0, "Cats are dogs.", "Clarity"), Task(1, "Dogs bark.", "Analogy")]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return asking.load_policy("tiny", dtype="float32", trainable=False), asking.load_tokenizer("tiny")
+
+
+def asked(tiny, tasks, **changed):
+    options = {"samples_per_prompt": 2, "max_new_tokens": 5, "max_prompt_tokens": 512, "temperature": 1.0, "seed": 3}
+    args = types.SimpleNamespace(**(options | changed))
+    return asking.ask(*tiny, tasks, args, ""), args
+
+
+def test_texts_are_drawn_by_the_seed_and_stand_in_their_order():
+    rows = [Row(f"Text {n}.", "Why?", "Analogy", "") for n in range(20)]
+    drawn = [[task.context for task in asking.choose_tasks(rows, ["Analogy"], 5, seed)] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 5
+    assert drawn[0] != [row.context for row in rows[:5]]
+    assert drawn[0] == [row.context for row in rows if row.context in drawn[0]]
+
+
+def test_people_are_those_who_asked_about_the_drawn_texts_and_were_not_called_bad():
+    row = Row("Cats are dogs.", "Analogy of cats?", "Analogy", "")
+    bad, elsewhere = row._replace(preference="rejected"), row._replace(context="Cows.")
+    assert asking.ask_people([row, bad, elsewhere], TASKS) == [record(0, "Analogy of cats?")]
+
+
+def test_a_question_depends_on_text_type_and_seed_alone(tiny):
+    together, _ = asked(tiny, TASKS)
+    assert asked(tiny, TASKS[2:])[0] == together[4:]
+    assert asked(tiny, TASKS[2:], seed=2)[0] != together[4:]
+    assert [(r["context"], r["type"]) for r in together[::2]] == [(task.number, task.type) for task in TASKS]
+
+
+def test_reading_all_questions_of_a_task_at_once_is_reading_one_by_one(tiny):
     from socratiq.batch import make_batch
-    from socratiq.models import token_logprobs
 
-    model = Model("tiny", dtype="float32")
-    said = model.ask(TASKS, samples=2, max_new_tokens=5, temperature=1.0, seed=3)
-    people = model.human(TASKS)
-    found = model.read(TASKS, {"people": people, "said": said}, batch_size=2, desc="")
-    assert [len(x) for x in found["people"]] == [len(answer.ids) for row in people for answer in row]
-    for name, rows in (("people", people), ("said", said)):
-        singles = [(task, answer) for task, row in zip(TASKS, rows, strict=True) for answer in row]
-        for (task, answer), together in zip(singles, found[name], strict=True):
-            with torch.no_grad():
-                alone = token_logprobs(model.policy, make_batch([model.prompt(task)], [[answer.ids]]))["logprobs"][0, 0]
-            torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-
-
-def test_what_is_asked_depends_on_text_type_and_seed_alone():
-    model = Model("tiny", dtype="float32")
-    together = model.ask(TASKS, 2, 6, 1.0, seed=1)
-    assert model.ask(TASKS[2:], 2, 6, 1.0, seed=1) == together[2:]
-    assert model.ask(TASKS[2:], 2, 6, 1.0, seed=2) != together[2:]
-
-
-def test_kl_and_perplexity_by_hand():
-    tasks = [Task(0, "a", "Clarity", ["x"]), Task(1, "b", "Clarity", [])]
-    rows = {"sft": [[Answer("q", [1, 2], True)], [Answer("r", [3], True)]], "human": [[Answer("x", [4], True)], []]}
-    own = [torch.tensor([-1.0, -2.0]), torch.tensor([-1.5])]
-    other = [torch.tensor([-1.5, -2.0]), torch.tensor([-1.0])]
-    readings = Readings({"sft": own}, {"sft": [torch.tensor([-2.0])]}, {"sft": other}, {"sft": other})
-    found = figures.figures_of_readings("sft", tasks, rows, readings, 2, exact_kl=True)
-    assert found["kl_to_sft"].figure() == pytest.approx((0.5 + -0.5) / 2)
-    k3 = (math.exp(-0.5) - 1 + 0.5) + (math.exp(0.5) - 1 - 0.5)  # d = log pi - log sft = 0.5, 0 and -0.5
-    assert found["kl_to_sft_k3"].figure() == pytest.approx(k3 / 2)
-    assert found["base_perplexity"].figure() == pytest.approx(math.exp((1.5 + 2 + 1) / 3))
-    assert found["human_perplexity"].figure() == pytest.approx(math.exp(2))
-    assert "kl_to_sft" not in figures.figures_of_readings("sft", tasks, rows, readings, 2, exact_kl=False)
-
-
-def test_overlap_is_measured_where_people_asked():
-    answers = [[Answer("Analogy of cats?", [1], True)], [Answer("anything", [1], True)], [Answer("How so?", [1], True)]]
-    found = figures.overlap_with_humans(TASKS, answers, 2)
-    assert found["rouge_l"].figure() == 1
-    assert figures.overlap_with_humans([TASKS[1]], [answers[1]], 2) == {}
+    policy, tokenizer = tiny
+    records, args = asked(tiny, TASKS)
+    records += [record(1, "Do dogs bark?"), record(1, "", eos=False)]
+    asking.read(policy, tokenizer, TASKS, records, args)
+    contexts = [TASKS[0].context, TASKS[2].context]
+    for found in records:
+        prompt = asking.encode_prompt(tokenizer, contexts[found["context"]], found["type"], 512)
+        ids = asking.encode_record(tokenizer, found)
+        with torch.no_grad():
+            alone = asking.token_logprobs(policy, make_batch([prompt], [[ids]]))["logprobs"]
+        assert found["base_nats"] == pytest.approx(-alone.sum().item(), abs=1e-3)
+        assert found["base_tokens"] == len(ids) >= 1
+        assert (ids[-1] == tokenizer.eos_token_id) == (found["eos"] or len(ids) == 1)
 
 
 # ----------------------------------------------------------------------------------------------------- grades by an API
@@ -261,7 +214,7 @@ def grading(url, tmp_path, **changed):
 
 
 def records(*questions):
-    return [{"context": 0, "type": "Clarity", "question": question} for question in questions]
+    return [record(0, question, "Clarity") for question in questions]
 
 
 def test_grades_are_asked_once_and_kept(tmp_path, monkeypatch):
@@ -276,6 +229,8 @@ def test_grades_are_asked_once_and_kept(tmp_path, monkeypatch):
         api_judge.grade(again, ["A text."], grading(server.url, tmp_path))
         assert len(server.requests) == 2 and again["sft"][1]["grades"]["quality"] == 2
         assert "no instructions" in server.requests[0].body["messages"][0]["content"]
+    found = figures.sums_by_text(measured(*stages["sft"]), 1)
+    assert found["api/relevance"].tolist() == [[10, 2]]
 
 
 @pytest.mark.parametrize("said", ["", "five of five", '{"type": 6, "relevance": 1, "quality": 1}', '{"type": 3}', "{{"])
@@ -306,133 +261,124 @@ def test_a_wrong_model_and_a_missing_key_are_said(tmp_path, monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, inputs, monkeypatch):
-    """A folder with rows.jsonl and the tiny model as runs/sft and runs/dpo; there is no runs/ppo."""
+    """A folder with rows.jsonl, a scorer, and the tiny model as runs/sft and runs/dpo; there is no runs/ppo."""
     from socratiq.models import resolve
 
     monkeypatch.chdir(tmp_path)
-    tiny = resolve("tiny")
     (tmp_path / "rows.jsonl").write_bytes((inputs / "rows.jsonl").read_bytes())
-    runs = tmp_path / "runs"
-    runs.mkdir()
     for stage in ("sft", "dpo"):
-        (runs / stage).mkdir()
-        for file in evaluate.Path(tiny).iterdir():
-            (runs / stage / file.name).symlink_to(file)
-    settings = {"stage": "sft", "model": "tiny", "data": "rows.jsonl", "held_out": 0.4, "seed": 0}
-    (runs / "sft" / "train_args.json").write_text(json.dumps(settings))
+        (tmp_path / "runs" / stage).mkdir(parents=True)
+        for file in Path(resolve("tiny")).iterdir():
+            (tmp_path / "runs" / stage / file.name).symlink_to(file)
+    settings = {"stage": "sft", "model": "tiny", "data": "rows.jsonl", "held_out": 0.3, "seed": 0}
+    (tmp_path / "runs" / "sft" / "train_args.json").write_text(json.dumps(settings))
+    (tmp_path / "runs" / "scorer").symlink_to(inputs / "scorer")
     return tmp_path
 
 
-SMALL = ["--limit", "3", "--max-new-tokens", "6", "--bootstrap", "50", "--dtype", "float32"]
+SMALL = ["--limit", "3", "--max-new-tokens", "6", "--dtype", "float32"]
+FEW = [*SMALL, "--base", "none", "--dpo", "none"]
+
+
+def evaluation(place):
+    return json.loads((place / "runs" / "evaluation.json").read_text())
 
 
 def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
     from socratiq.evaluation.judge import Judge
-    from socratiq.scorer.scorer import Scorer
 
-    fitted_on, fits = {}, {kind: kind.fit for kind in (Judge, Scorer)}
-    for kind in fits:
-        note = lambda rows, kind=kind: fitted_on.update({kind: {row.context for row in rows}}) or fits[kind](rows)  # noqa: E731
-        monkeypatch.setattr(kind, "fit", note)
+    seen, fit = [], Judge.fit
+    monkeypatch.setattr(Judge, "fit", lambda rows: seen.extend(rows) or fit(rows))
+    before = sorted(place.rglob("*"))
     evaluate.run(SMALL)
     said = capsys.readouterr().out
-    assert "left out: ppo: runs/ppo is not there" in said
+    assert "left out: ppo: runs/ppo holds no finished model" in said
     assert "3 held-out texts of rows.jsonl, 2 types, 3 models" in said
-    written = (place / "runs" / "evaluation.json").read_bytes()
-    found = json.loads(written)
+    found, written = evaluation(place), place / "runs" / "evaluation.json"
+    assert set(place.rglob("*")) - set(before) == {written}  # nothing but its own file
     assert list(found["stages"]) == ["human", "base", "sft", "dpo"]
-    assert found["settings"]["held_out"] == 0.4  # as in SFT
+    assert found["settings"]["held_out"] == 0.3  # as in SFT
     assert list(found["steps"]) == ["base -> sft", "sft -> dpo"]
-    assert not (fitted_on[Judge] | fitted_on[Scorer]) & set(found["contexts"])
-    assert not fitted_on[Judge] & fitted_on[Scorer]
+    assert seen and not {row.context for row in seen} & set(found["contexts"])
     of = found["stages"]["dpo"]
-    assert len(of["questions"]) == 3 * 2
+    assert len(of["questions"]) == 3 * 2 and set(of["by_type"]) == {"Analogy", "Clarity"}
+    assert set(of["figures"]) == {name for name in table.FIGURES if not name.startswith("api")}
     for name, figure in of["figures"].items():
-        assert set(figure) <= {"value", "low", "high"} and name in evaluate.FIGURES
+        assert set(figure) <= {"value", "low", "high"}
         if "low" in figure:
             assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9, name
-    assert of["figures"]["kl_to_sft"]["value"] == pytest.approx(0, abs=1e-5)  # the very same model
-    assert of["figures"]["human_perplexity"] == found["stages"]["base"]["figures"]["human_perplexity"]
     assert found["stages"]["human"]["figures"]["well_formed"]["value"] == 1
     assert found["stages"]["sft"]["questions"] == of["questions"]  # the same random numbers for every stage
-    assert set(of["by_type"]) == {"Analogy", "Clarity"}
-
-    evaluate.run([*SMALL, "--show", "0"])  # the judge and the scorer are there now
-    assert (place / "runs" / "evaluation.json").read_bytes() == written
-    assert "fitted" not in capsys.readouterr().out
+    first = written.read_bytes()
+    evaluate.run(SMALL)
+    assert written.read_bytes() == first
 
 
-def test_evaluate_without_judge_base_and_people(place, capsys):
-    evaluate.run([*SMALL, "--judge", "none", "--base", "none", "--temperature", "0.7", "--samples-per-prompt", "2"])
-    found = json.loads((place / "runs" / "evaluation.json").read_text())
-    assert found["classifiers"] == ["scorer"]
+def test_without_scorer_base_and_people_the_rest_is_measured(place, capsys):
+    (place / "runs" / "scorer").unlink()
+    evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2"])
+    found = evaluation(place)
+    assert "left out: scorer: runs/scorer is not there" in capsys.readouterr().out
+    assert found["classifiers"] == ["judge"] and not (place / "runs" / "scorer").exists()
     of = found["stages"]["sft"]
     assert len(of["questions"]) == 3 * 2 * 2
-    assert "kl_to_sft" not in of["figures"] and "base_perplexity" not in of["figures"]
+    assert "base_perplexity" not in of["figures"] and "scorer/reward" not in of["figures"]
 
 
 def test_a_single_text_has_figures_and_no_intervals(place):
-    evaluate.run([*SMALL, "--limit", "1", "--dpo", "none", "--base", "none"])
-    found = json.loads((place / "runs" / "evaluation.json").read_text())
-    assert "low" not in found["stages"]["sft"]["figures"]["judge/accuracy"]
+    evaluate.run([*FEW, "--limit", "1"])
+    assert "low" not in evaluation(place)["stages"]["sft"]["figures"]["judge/accuracy"]
 
 
-def test_a_split_that_sft_did_not_have_is_warned_of(place, capsys):
-    evaluate.run([*SMALL, "--seed", "5", "--dpo", "none", "--base", "none"])
-    assert "may have seen these texts" in capsys.readouterr().err
+def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys):
+    with pytest.raises(UserError, match=r"--scorer runs/scorer was fitted on \d of the \d held-out texts"):
+        evaluate.run([*FEW, "--seed", "4"])
+    assert "--sft was trained with another --held-out or --seed and may have seen these" in capsys.readouterr().err
 
 
-def test_who_has_seen_a_held_out_text_does_not_grade_it(place, capsys):
-    """After another split nobody grades with the judge and the scorer of the one before; old ones cannot tell."""
-    few = [*SMALL, "--base", "none", "--dpo", "none"]
-    evaluate.run(few)  # fits both
-    capsys.readouterr()
-    for name in ("judge", "scorer"):
-        with pytest.raises(UserError, match=rf"--{name} runs/{name} was fitted on \d of the 3 held-out texts") as said:
-            evaluate.run([*few, "--seed", "4"])
-        line = f"python -m socratiq.{name} --data rows.jsonl --held-out 0.4 --seed 4 --out runs/{name}"
-        assert str(said.value).endswith(f"delete it, or fit it anew: {line}")
-        known = place / "runs" / name / f"{name}.json"
-        read = json.loads(known.read_text())
-        assert read.pop("texts")
-        known.write_text(json.dumps(read))  # as an earlier version wrote it
-    capsys.readouterr()
-    evaluate.run([*few, "--seed", "4"])
-    assert [line for line in capsys.readouterr().err.splitlines() if "which texts" in line] == [
-        f"warning: --{name} runs/{name} does not say which texts it was fitted on; it may have seen the held-out ones"
-        for name in ("judge", "scorer")
-    ]
-
-
-def test_what_cannot_be_evaluated_is_said(place):
+def test_an_error_names_the_option(place):
     with pytest.raises(UserError, match="no text is held out"):
         evaluate.run([*SMALL, "--held-out", "0"])
     with pytest.raises(UserError, match="--dpo runs/other"):
         evaluate.run([*SMALL, "--dpo", "runs/other"])
     with pytest.raises(UserError, match="no model to evaluate"):
-        evaluate.run([*SMALL, "--base", "none", "--sft", "none", "--dpo", "none", "--ppo", "none"])
+        evaluate.run([*FEW, "--sft", "none"])
     row = {"context": "Some other text.", "question": "Is it so?", "type": "Fear appeal"}
     other = place / "other.jsonl"
-    other.write_text((place / "rows.jsonl").read_text() + json.dumps(row) + "\n")
-    evaluate.run([*SMALL, "--base", "none", "--dpo", "none"])  # fits runs/scorer
-    with pytest.raises(UserError, match="--judge runs/judge does not know the type 'Fear appeal'"):
-        evaluate.run([*SMALL, "--data", "other.jsonl"])
+    rows = [row | {"context": f"Some other text {n}."} for n in range(9)]
+    other.write_text((place / "rows.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"--scorer runs/scorer does not know \['Fear appeal'\] of other.jsonl"):
+        evaluate.run([*FEW, "--data", "other.jsonl"])
+    (place / "runs" / "sft" / "train_args.json").write_text("{")
+    with pytest.raises(UserError, match=r"train_args.json: not JSON"):
+        evaluate.run(FEW)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [(["--scorer", "none"], "without a scorer there are no figures"), (["--judge", "openai"], "use --judge-api NAME")],
-)
-def test_no_folder_is_made_of_a_misunderstanding(place, capsys, arguments, says):
-    before = sorted(place.rglob("*"))
-    with pytest.raises(SystemExit) as left:
-        evaluate.run([*SMALL, *arguments])
-    complained = capsys.readouterr().err
-    assert left.value.code == 2 and says in complained and complained.count("\n") == 1
-    assert sorted(place.rglob("*")) == before
+# ------------------------------------------------------------------------------------------------------ what is printed
 
 
 def test_numbers_in_the_table_are_short():
-    assert evaluate.shown({"value": 0.123, "low": 0.05, "high": 1.0}) == ".12 [.05 1.0]"
-    assert evaluate.shown({"value": -0.001, "low": -0.2, "high": 0.3}) == ".00 [-.20 .30]"
-    assert evaluate.shown({"value": 1234.5}) == "1234" and evaluate.shown(None) == evaluate.shown({"value": None}) == ""
+    assert table.shown({"value": 0.123, "low": 0.05, "high": 1.0}, "judge/accuracy") == "12% [5 100]"
+    assert table.shown({"value": -0.001, "low": -0.2, "high": 0.3}, "judge/accuracy") == "0% [-20 30]"
+    assert table.shown({"value": -0.001, "low": -0.2, "high": 0.3}, "scorer/reward") == ".00 [-.20 .30]"
+    assert table.shown({"value": 1234.5, "low": 1, "high": 2}, "base_perplexity", span=False) == "1234"
+    assert table.shown(None, "words") == table.shown({"value": None}, "words") == "-"
+
+
+def test_the_table_has_a_row_for_each_stage_and_names_chance():
+    def stage(value):
+        figures = {"judge/accuracy": {"value": value, "low": 0.1, "high": 0.9}, "words": {"value": 9.5}}
+        questions = [record(0, f"Is it {value}?", "Analogy", judge=value)]
+        return {"figures": figures, "by_type": {"Analogy": figures}, "questions": questions}
+
+    result = {
+        "types": ["Analogy", "Clarity"], "contexts": ["A text."], "stages": {"human": stage(0.5), "sft": stage(0.25)},
+        "steps": {"sft -> dpo": {"judge/accuracy": {"value": 0.2, "low": -0.1, "high": 0.5}}},
+    }  # fmt: skip
+    said = table.tables(result).splitlines()
+    assert said[:4] == ["        right type, judge", "chance  50%", "sft     25% [10 90]", "people  50% [10 90]"]
+    assert said[5:8] == ["        words", "sft     9.5", "people  9.5"]
+    assert "Analogy            25%  50%" in said and "Clarity            -    -" in said
+    assert "sft -> dpo changes it by 20 points [-10 50], may be chance" in said
+    assert not any(line.startswith(("reward", "perplexity")) for line in said)  # the legend is of what is shown
+    assert table.samples(result).splitlines()[-2:] == ["     sft  0.25  Is it 0.25?", "  people  0.50  Is it 0.5?"]

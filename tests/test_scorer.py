@@ -1,4 +1,4 @@
-"""The scorer: strengths, calibration, gates, the second layer, files, figures; and the judge beside it."""
+"""The scorer: strengths, calibration, gates, the second layer, files, figures; and which rows it learns from."""
 
 import copy
 import json
@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from socratiq.data import Row, load_rows, split_by_context
-from socratiq.evaluation.judge import Judge
-from socratiq.evaluation.judge import pieces as judge_pieces
 from socratiq.run.errors import UserError
 from socratiq.scorer import fit, fluency, gates, grading, word_order
 from socratiq.scorer import ngrams as logistic
@@ -757,7 +755,7 @@ def test_batch_diversity_by_hand():
     assert batch_diversity(["", ""])["diversity/near_duplicates"] == 1.0
 
 
-# --- the judge ------------------------------------------------------------------------------------------------------
+# --- who learns from which texts ------------------------------------------------------------------------------------
 
 
 def test_judge_rows_and_others_share_no_text():
@@ -781,34 +779,6 @@ def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_o
     assert rows_to_learn_from(few, 0.0, 0) == (few, few)
 
 
-def test_the_judge_judges(tmp_path):
-    judge = Judge.fit(ROWS)
-    rows = [r for r in made_rows(["kites", "violins"]) if r.type != "others"]
-    columns = [r.context for r in rows], [r.question for r in rows]
-    strengths = judge.strengths(*columns)
-    assert [judge.types[i] for i in strengths.argmax(1)] == [r.type for r in rows]
-    assert ((strengths > 0) & (strengths < 1)).all()
-    judge.save(tmp_path / "judge")
-    assert torch.equal(Judge.load(tmp_path / "judge").strengths(*columns), strengths)
-    Judge.fit(ROWS[::-1], seed=3).save(tmp_path / "again")
-    for name in ("judge.safetensors", "judge.json"):
-        assert (tmp_path / "judge" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert judge.strengths([], []).shape == (0, 3)
-    assert torch.isfinite(judge.strengths([""] * len(ODD), ODD)).all()
-
-
-def test_the_judge_reads_characters_and_places():
-    assert judge_pieces("Why so?") != judge_pieces("So why?")
-    assert set(judge_pieces("reasons")) & set(judge_pieces("reasoning"))
-
-
-def test_a_judge_needs_types_and_a_whole_folder(tmp_path):
-    with pytest.raises(UserError, match="too few rows"):
-        Judge.fit([r for r in ROWS if r.type == "others"])
-    with pytest.raises(UserError, match="no judge that can be read"):
-        Judge.load(tmp_path)
-
-
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -822,33 +792,29 @@ def rows_file(tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("command", "kind"), [(fit.fit_scorer, Scorer), (fit.fit_judge, Judge)])
-def test_command_line(command, kind, capsys, tmp_path, rows_file):
-    command(["--data", str(rows_file), "--out", str(tmp_path / "out"), "--folds", "3"])
+def test_command_line(capsys, tmp_path, rows_file):
+    fit.fit_scorer(["--data", str(rows_file), "--out", str(tmp_path / "out"), "--folds", "3"])
     said = capsys.readouterr().out
     for text in ("macro-F1", "--chosen-min", "--rejected-max", "calibration error", str(tmp_path / "out")):
         assert text in said
-    assert ("is labelled Clarity and Reasons" in said) == (kind is Scorer)
-    fitted = kind.load(tmp_path / "out")
-    # Without a word about it, neither has seen what is held out by default.
+    assert "is labelled Clarity and Reasons" in said
+    # Without a word about it, it has not seen what is held out by default.
     held_out = {r.context for r in split_by_context(ROWS)[1]}
-    texts = fitted.texts if kind is Judge else fitted.settings["texts"]
+    texts = Scorer.load(tmp_path / "out").settings["texts"]
     assert held_out and texts == sorted(texts) and not {grading.place(text) for text in held_out}.intersection(texts)
     assert {grading.place(r.context) for r in ROWS} > set(texts)
-    if kind is Scorer:
-        command(["--data", str(rows_file), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
-        assert "will refuse it" in capsys.readouterr().out
-        assert kind.load(tmp_path / "all").settings["texts"] == grading.texts_of(ROWS)
+    fit.fit_scorer(["--data", str(rows_file), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
+    assert "will refuse it" in capsys.readouterr().out
+    assert Scorer.load(tmp_path / "all").settings["texts"] == grading.texts_of(ROWS)
 
 
-@pytest.mark.parametrize("module", ["scorer", "judge"])
-def test_help_and_mistakes_need_no_torch(module):
+def test_help_and_mistakes_need_no_torch():
     """A real process whose torch cannot be imported still answers; and the module is what its command line runs."""
     blocked = (
         "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {}; runpy.run_module('{}', None, '__main__')"
     )
     for argv, status, says in ((["--help"], 0, "of the cross-validation"), (["--folds", "1"], 2, "must be at least 2")):
-        command = [sys.executable, "-c", blocked.format(argv, f"socratiq.{module}")]
+        command = [sys.executable, "-c", blocked.format(argv, "socratiq.scorer")]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
         assert done.returncode == status and says in done.stdout + done.stderr, done.stderr
         assert done.stderr.count("\n") == (status != 0)

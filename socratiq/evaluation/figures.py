@@ -1,4 +1,9 @@
-"""From questions to figures: a record for each question, figures with intervals for each stage, steps between them."""
+"""From questions to figures: a record for each question, then figures with intervals for each stage.
+
+How sure is a figure? Questions about one text are not independent, so the bootstrap (Efron 1979) draws texts, with
+replacement, and not questions. Two stages are compared on the same draws. The interval speaks of other texts like
+these, not of another training run, and is too narrow under about ten texts.
+"""
 
 from __future__ import annotations
 
@@ -7,152 +12,101 @@ import math
 import torch
 
 from socratiq.evaluation import measures
-from socratiq.evaluation.bootstrap import Sums, by_text, exp_mean, interval, mean
-from socratiq.evaluation.questions import Answer, Readings, Task
-from socratiq.losses import kl_estimate
-
-CLASSIFIERS = ("judge", "scorer")
+from socratiq.scorer.gates import words
 
 
-def records_of(tasks: list[Task], answers: list[list[Answer]], classifiers: dict) -> list[dict]:
-    """What is known of each question of one stage, in the order of tasks and answers.
+def measure(records: list[dict], contexts: list[str], classifiers: dict) -> None:
+    """Add the measurements of each question to its record.
 
-    classifiers: {"judge": Judge, "scorer": Scorer} or the scorer alone. Raises nothing: a text is a text, even "".
+    classifiers: {"judge": Judge}, and "scorer": Scorer if there is one.
     """
-    pairs = [(task, answer) for task, row in zip(tasks, answers, strict=True) for answer in row]
-    if not pairs:
-        return []
-    contexts, questions = [task.context for task, _ in pairs], [answer.text for _, answer in pairs]
-    types = [task.type for task, _ in pairs]
-    records = [
-        {
-            "context": task.place,
-            "type": task.type,
-            "question": answer.text,
-            "words": len(measures.words(answer.text)),
-            "ended": answer.ended,
-            "well_formed": measures.well_formed(answer.text, task.context),
-            "relatedness": round(measures.relatedness(answer.text, task.context), 4),
-            "copying": round(measures.copying(answer.text, task.context), 4),
-        }
-        for task, answer in pairs
-    ]
-    rewards = classifiers["scorer"].reward(contexts, questions, types)  # first: what it has read is remembered
+    texts, questions = [contexts[record["context"]] for record in records], [record["question"] for record in records]
+    for record, text in zip(records, texts, strict=True):
+        question = record["question"]
+        record["words"] = len(words(question))
+        record["well_formed"] = measures.well_formed(question, text)
+        record["relatedness"] = round(measures.relatedness(question, text), 4)
     for name, classifier in classifiers.items():
-        strengths = classifier.strengths(contexts, questions)  # (N, T)
-        rows = zip(records, strengths.tolist(), strengths.argmax(1).tolist(), strict=True)
-        for record, strength, strongest in rows:
-            record[name] = round(strength[classifier.types.index(record["type"])], 4)
-            record[f"{name}_type"] = classifier.types[strongest]
-    for record, reward in zip(records, rewards.tolist(), strict=True):
-        record["reward"] = round(reward, 4)
-    return records
+        for record, strengths in zip(records, classifier.strengths(texts, questions).tolist(), strict=True):
+            record[name] = round(strengths[classifier.types.index(record["type"])], 4)
+            record[f"{name}_type"] = classifier.types[strengths.index(max(strengths))]
+    if "scorer" in classifiers:
+        rewards = classifiers["scorer"].reward(texts, questions, [record["type"] for record in records]).tolist()
+        for record, reward in zip(records, rewards, strict=True):
+            record["reward"] = round(reward, 4)
 
 
-def figures_of_records(records: list[dict], texts: int) -> dict[str, Sums]:
-    """The figures that are means over the questions of one stage."""
+def parts(record: dict) -> dict[str, tuple[float, float]]:
+    """What one question adds to the figures that are means: numerator and denominator by name."""
+    found = {name: (record[name], 1) for name in ("well_formed", "eos", "words", "relatedness")}
+    for name in ("judge", "scorer"):
+        if name in record:
+            found[f"{name}/accuracy"] = record[f"{name}_type"] == record["type"], 1
+    if "reward" in record:
+        found["scorer/reward"] = record["reward"], 1
+    if "base_nats" in record:
+        found["base_perplexity"] = record["base_nats"], record["base_tokens"]
+    return found | {f"api/{name}": (grade, 1) for name, grade in record.get("grades", {}).items()}
 
-    def average(pick, some=records):
-        places, ones = [record["context"] for record in some], [1.0] * len(some)
-        return by_text(texts, places, [float(pick(record)) for record in some], ones, finish=mean)
 
-    found = classified(records, texts)
-    found["scorer/reward"] = average(lambda record: record["reward"])
-    graded = [record for record in records if "grades" in record]
-    for name in graded[0]["grades"] if graded else ():
-        found[f"api/{name}"] = average(lambda record, name=name: record["grades"][name], graded)
-    for name in ("well_formed", "words", "relatedness", "copying"):
-        found[name] = average(lambda record, name=name: record[name])
-    found["eos"] = average(lambda record: record["ended"])
+def sums_by_text(records: list[dict], texts: int) -> dict[str, torch.Tensor]:
+    """For each figure that is a mean (texts, 2) float64: numerators and denominators, added up for each text."""
+    found: dict[str, torch.Tensor] = {}
+    for record in records:
+        for name, part in parts(record).items():
+            table = found.setdefault(name, torch.zeros(texts, 2, dtype=torch.float64))
+            table[record["context"]] += torch.tensor(part, dtype=torch.float64)
     return found
 
 
-def classified(records: list[dict], texts: int) -> dict[str, Sums]:
-    """Accuracy and strength by each classifier, over these records."""
-    places, ones, found = [record["context"] for record in records], [1.0] * len(records), {}
-    for name in CLASSIFIERS:
-        if f"{name}_type" in records[0]:
-            right = [float(record[f"{name}_type"] == record["type"]) for record in records]
-            found[f"{name}/accuracy"] = by_text(texts, places, right, ones, finish=mean)
-            found[f"{name}/strength"] = by_text(texts, places, [r[name] for r in records], ones, finish=mean)
+def draws(texts: int, generator: torch.Generator, count: int = 2000) -> torch.Tensor:
+    """(1 + count, texts): how often each text counts. Row 0 is the data, each text once; the others are resamples.
+
+    With a single text there is nothing to resample, and row 0 is all.
+    """
+    count = count if texts > 1 else 0
+    drawn = torch.randint(texts, (count, texts), generator=generator)
+    resamples = torch.zeros(count, texts, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(drawn.shape).double())
+    return torch.cat([torch.ones(1, texts, dtype=torch.float64), resamples])
+
+
+def values(name: str, sums: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The figure on each draw: sums (texts, 2) of `sums_by_text` and weights (1 + R, texts) of `draws` -> (1 + R,)."""
+    numerator, denominator = (weights @ sums).T
+    return (numerator / denominator).exp() if name == "base_perplexity" else numerator / denominator
+
+
+def figures_of(sums: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, dict]:
+    """Every figure with its interval."""
+    return {name: entry(values(name, x, weights)) for name, x in sums.items()}
+
+
+def change(earlier: dict[str, torch.Tensor], later: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, dict]:
+    """later - earlier for every figure that both have; the interval is that of the difference, on the same draws."""
+    both = [name for name in earlier if name in later]
+    return {name: entry(values(name, later[name], weights) - values(name, earlier[name], weights)) for name in both}
+
+
+def entry(values: torch.Tensor) -> dict:
+    """A figure for the file, from its values on all draws: "value", and the middle 95% from "low" to "high".
+
+    There is no interval where a resample leaves the figure undefined: none of its texts has a question that counts.
+    """
+    found, resampled = {"value": rounded(values[0].item())}, values[1:]
+    if len(resampled) and bool(resampled.isfinite().all()):
+        low, high = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        found |= {"low": rounded(low), "high": rounded(high)}
     return found
 
 
-def overlap_with_humans(tasks: list[Task], answers: list[list[Answer]], texts: int) -> dict[str, Sums]:
-    """BLEU and ROUGE-L of each question against the human ones of the same text and type, where there are any."""
-    compared = [(task, answer) for task, row in zip(tasks, answers, strict=True) if task.human for answer in row]
-    if not compared:
-        return {}
-    places = [task.place for task, _ in compared]
-    counts = [measures.bleu_counts(answer.text, task.human) for task, answer in compared]
-    rouge = [measures.rouge_l(answer.text, task.human) for task, answer in compared]
-    return {
-        "bleu": by_text(texts, places, *zip(*counts, strict=True), finish=measures.bleu_of_counts),
-        "rouge_l": by_text(texts, places, rouge, [1.0] * len(rouge), finish=mean),
-    }
-
-
-def figures_of_readings(
-    stage: str,
-    tasks: list[Task],
-    answers: dict[str, list[list[Answer]]],
-    readings: Readings,
-    texts: int,
-    exact_kl: bool,
-) -> dict[str, Sums]:
-    """Perplexities, and with `exact_kl` (questions drawn at temperature 1) the KL from this stage to SFT."""
-    places = {
-        name: [task.place for task, row in zip(tasks, answers[name], strict=True) for _ in row]
-        for name in (stage, "human")
-    }
-
-    def perplexity(name, logprobs):
-        return by_text(
-            texts, places[name], [-x.sum().item() for x in logprobs], [float(len(x)) for x in logprobs], finish=exp_mean
-        )
-
-    found = {}
-    if stage in readings.base:
-        found["base_perplexity"] = perplexity(stage, readings.base[stage])
-    if stage in readings.human:
-        found["human_perplexity"] = perplexity("human", readings.human[stage])
-    if exact_kl and stage in readings.sft and stage in readings.own:
-        pairs = list(zip(readings.own[stage], readings.sft[stage], strict=True))
-        for name, kind in (("kl_to_sft", "k1"), ("kl_to_sft_k3", "k3")):
-            nats = [kl_estimate(own, sft, kind).sum().item() for own, sft in pairs]
-            found[name] = by_text(texts, places[stage], nats, [1.0] * len(nats), finish=mean)
-    return found
-
-
-def diversity(records: list[dict]) -> dict[str, float]:
-    """Figures about all questions together. No interval: a text drawn twice would look like a model that repeats."""
-    said = [record["question"] for record in records]
-    return {
-        "distinct_1": measures.distinct(said, 1),
-        "distinct_2": measures.distinct(said, 2),
-        "duplicates": measures.duplicates(said),
-    }
-
-
-def entry(value: float, resampled: torch.Tensor | None = None) -> dict:
-    """A figure for the file: {"value", "low", "high"}, without low and high where there is no interval."""
-    span = interval(resampled) if resampled is not None and len(resampled) else None
-    return {"value": _round(value)} | ({"low": _round(span[0]), "high": _round(span[1])} if span else {})
-
-
-def entries(sums: dict[str, Sums], weights: torch.Tensor) -> dict[str, dict]:
-    """Every figure with its interval; weights (R, texts) from `bootstrap.resamples`, R = 0 for no intervals."""
-    return {name: entry(x.figure(), x.resampled(weights)) for name, x in sums.items()}
-
-
-def step(earlier: dict[str, Sums], later: dict[str, Sums], weights: torch.Tensor) -> dict[str, dict]:
-    """later - earlier for every figure that both have; the interval is of the difference, over the same resamples."""
-    return {
-        name: entry(later[name].figure() - x.figure(), later[name].resampled(weights) - x.resampled(weights))
-        for name, x in earlier.items()
-        if name in later
-    }
-
-
-def _round(x: float) -> float | None:
+def rounded(x: float) -> float | None:
     return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+def repetition(records: list[dict]) -> dict[str, dict]:
+    """Figures about all questions together. No interval: a text drawn twice would look like a model that repeats."""
+    questions = [record["question"] for record in records]
+    return {
+        "distinct_2": entry(torch.tensor([measures.distinct_2(questions)])),
+        "duplicates": entry(torch.tensor([measures.duplicates(questions)])),
+    }

@@ -1,9 +1,8 @@
-"""The command lines of scorer and judge: fit it, say by cross-validation how good it is, save it.
+"""The command line of the scorer: fit it, say by cross-validation how good it is, save it.
 
     python -m socratiq.scorer --help
-    python -m socratiq.evaluation.judge --help
 
-They stand apart from scorer.py and judge.py, so that help and mistyped arguments need not wait for torch.
+It stands apart from scorer.py, so that help and mistyped arguments need not wait for torch.
 """
 
 from collections.abc import Iterable
@@ -78,18 +77,3 @@ def fit_scorer(argv: list[str] | None = None) -> None:
     print(f"\nscorer fitted on {len(learn_from)} of {len(rows)} rows, in {args.out}")
     if not args.held_out:
         print("it has seen every text: make_pairs.py, train_ppo.py and evaluate, which hold some out, will refuse it")
-
-
-def fit_judge(argv: list[str] | None = None) -> None:
-    description = "Fit the judge on its share of the texts, and say by cross-validation how good it is."
-    args = parser_of("judge", description, help="share of the texts kept for evaluation").parse_args(argv)
-
-    from socratiq.data import load_rows
-    from socratiq.evaluation.judge import Judge
-    from socratiq.scorer.grading import cross_validate, rows_to_learn_from
-
-    rows = rows_to_learn_from(load_rows(args.data), args.held_out, args.seed)[0]
-    judge = Judge.fit(rows)
-    print(cross_validate(Judge.fit, rows, args.folds))
-    judge.save(args.out)
-    print(f"\njudge of {len(rows)} rows, fitted on all of them, in {args.out}")

@@ -1,0 +1,76 @@
+"""The judge: what it reads, that it judges, and that nothing about it is random."""
+
+import pytest
+import torch
+
+from socratiq.data import Row
+from socratiq.evaluation.judge import BUCKETS, RIDGE, Judge, buckets, calibrate, ridge
+from socratiq.run.errors import UserError
+
+CUES = {
+    "Clarity": ("What exactly do you mean by {} here?", "Could you define what you call {} in this case?"),
+    "Assumptions": ("Are you assuming that {} never change?", "Do you take it for granted that {} are good?"),
+    "Reasons": ("Why do you think that {} matter so much?", "What evidence is there about {} at all?"),
+    "others": ("Who even likes {} anyway, you fool?",),
+}
+
+
+def made_rows(topics):
+    return [
+        Row(f"Everybody talks about {topic}.", form.format(topic), kind, "")
+        for topic in topics
+        for kind, forms in CUES.items()
+        for form in forms
+    ]
+
+
+ROWS = made_rows(["dogs", "trams", "taxes", "farms", "films", "bikes", "books", "games"])
+
+
+def test_the_judge_judges():
+    judge = Judge.fit(ROWS)
+    rows = [row for row in made_rows(["kites", "violins"]) if row.type != "others"]
+    columns = [row.context for row in rows], [row.question for row in rows]
+    strengths = judge.strengths(*columns)
+    assert judge.types == ["Assumptions", "Clarity", "Reasons"]
+    assert [judge.types[i] for i in strengths.argmax(1)] == [row.type for row in rows]
+    assert ((strengths > 0) & (strengths < 1)).all()
+    assert (strengths.sum(1) - 1).abs().mean() < 0.3  # calibrated: about one type each
+    assert torch.equal(Judge.fit(ROWS[::-1]).strengths(*columns), strengths)  # the order of the rows plays no part
+    assert judge.strengths([], []).shape == (0, 3)
+    odd = ["", "?", "\u2603", "a" * 5000, "\n\t", "Why\0?"]
+    assert torch.isfinite(judge.strengths([""] * len(odd), odd)).all()
+
+
+def test_leave_one_out_predictions_are_those_of_a_fit_without_the_row():
+    """The calibration would be overconfident if a row's own label were in its prediction."""
+    x, y = (torch.randn(6, n, generator=torch.Generator().manual_seed(n)) for n in (4, 2))
+    unseen = ridge(x, y)[1]
+    for i in range(6):
+        rest = [n for n in range(6) if n != i]
+        weight = torch.linalg.solve(x[rest].T @ x[rest] + RIDGE * torch.eye(4), x[rest].T @ y[rest])
+        torch.testing.assert_close(x[i] @ weight, unseen[i])
+        torch.testing.assert_close(ridge(x[rest], y[rest])[0], weight)
+
+
+def test_calibration_turns_scores_into_shares():
+    scores = torch.tensor([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [1.0], [1.0]])
+    target = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0], [1.0], [0.0]])
+    slope, bias = calibrate(scores, target)
+    found = torch.sigmoid(scores * slope + bias)
+    torch.testing.assert_close(found[[0, 4], 0], torch.tensor([0.25, 0.75]), atol=5e-3, rtol=0)
+
+
+def test_the_judge_reads_characters_and_places():
+    assert buckets("Why so?") != buckets("So why?")
+    assert set(buckets("reasons")) & set(buckets("reasoning"))
+    assert buckets("Don’t WE?") == buckets("don't we?")
+    assert all(0 <= bucket < BUCKETS for bucket in buckets("Why so?"))
+
+
+def test_rows_without_a_type_teach_nothing():
+    untyped = [row._replace(type="") for row in ROWS]
+    strengths = Judge.fit(ROWS).strengths([""], ["Why so?"])
+    assert torch.equal(Judge.fit(ROWS + untyped).strengths([""], ["Why so?"]), strengths)
+    with pytest.raises(UserError, match="too few rows"):
+        Judge.fit([*untyped, *(row for row in ROWS if row.type == "others")])
