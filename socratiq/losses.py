@@ -1,28 +1,29 @@
 """Every formula of the project, as pure functions of tensors: no model, no tokenizer, no configuration, no state.
 
-Read it from top to bottom, in the order in which a model meets it:
+Read it from top to bottom, in the order in which a model meets the formulas:
 
     masks         masked_mean, masked_var, whiten
     log-probs     gather_logprobs, sequence_logps, entropy
     SFT           sft_loss
-    DPO           dpo_loss, implicit_rewards
+    DPO           dpo_loss
     KL            kl_estimate, AdaptiveKL
-    PPO           missing_eos_penalty, shape_rewards, gae, policy_loss, value_loss, explained_variance
+    PPO           missing_eos_penalty, shape_rewards, gae, rloo, policy_loss, value_loss, explained_variance
 
-What holds everywhere:
+These rules hold everywhere:
 
-- Time is the last dimension and everything before it broadcasts: (T,), (B, T) and (B, K, T) are all welcome.
-- `mask` is 1 on completion tokens, EOS included, and 0 elsewhere. What stands where it is 0 never matters, be it NaN
-  or infinity: such slots are overwritten *before* any arithmetic, so that values and gradients both stay clean.
-  (Multiplying by the mask afterwards would not do: 0 * NaN is NaN.) A mask without a single 1 gives 0.
+- Time is the last dimension; everything before it broadcasts: (T,), (B, T) and (B, K, T) all work.
+- `mask` is 1 on completion tokens, EOS included, and 0 elsewhere. Values where it is 0 never matter, NaN and infinity
+  included: they are overwritten *before* any arithmetic, which keeps results and gradients clean.
+  (Multiplying by the mask afterwards would fail: 0 * NaN is NaN.) A mask without a single 1 gives 0.
 - Sums are taken in float32 or wider: half precision is raised to float32, float64 stays.
 - Losses are scalars, and means over *all* tokens of the batch, not means of row means. `total` replaces the number of
-  tokens one divides by: hand over the tokens of the whole accumulation window (and of all devices), and the parts,
-  added up, are exactly the loss of one large batch.
+  tokens in the denominator. Give it the tokens of the whole accumulation window (and of all devices): the parts then
+  add up to exactly the loss of one large batch.
 
 Papers: DPO, Rafailov et al. 2023 (arXiv 2305.18290). cDPO, Mitchell 2023 ("A note on DPO with noisy preferences").
 IPO, Azar et al. 2023 (2310.12036). SLiC, Zhao et al. 2023 (2305.10425). PPO, Schulman et al. 2017 (1707.06347).
-GAE, Schulman et al. 2015 (1506.02438). RLHF, Ziegler et al. 2019 (1909.08593) and Huang et al. 2024 (2403.17031).
+GAE, Schulman et al. 2015 (1506.02438). RLOO, Kool et al. 2019 ("Buy 4 REINFORCE samples, get a baseline for free!") and
+Ahmadian et al. 2024 (2402.14740). RLHF, Ziegler et al. 2019 (1909.08593) and Huang et al. 2024 (2403.17031).
 Value clipping, Engstrom et al. 2020 (2005.12729). KL estimators, Schulman 2020 (joschu.net/blog/kl-approx.html).
 """
 
@@ -38,7 +39,7 @@ def masked_mean(x, mask, total=None):
     x, mask (..., T) -> scalar. Differentiable in x. `total`, a number or a scalar tensor, replaces sum_t m_t.
     """
     x, mask = torch.broadcast_tensors(_wide(x), mask.bool())  # a mask shared by all rows counts once per row
-    total = torch.as_tensor(mask.sum() if total is None else total).to(x.dtype)  # a number never waits for a GPU
+    total = torch.as_tensor(mask.sum() if total is None else total).to(x.dtype)  # may be a number: no device sync
     return _masked(x, mask).sum() / total.masked_fill(total == 0, 1)
 
 
@@ -56,7 +57,7 @@ def whiten(x, mask, shift_mean=True):
     """Mean 0 and variance 1 over the masked slots: (x - mean) / sqrt(var + 1e-8), var unbiased.
 
     x, mask (..., T) -> (..., T), 0 where mask is 0. Differentiable in x. `shift_mean=False` adds the mean back, so that
-    only the scale changes. PPO whitens its advantages; returns, and by default rewards, are left alone.
+    only the scale changes. PPO whitens advantages, after GAE has made the returns; it does not whiten rewards.
     """
     x = _masked(x, mask)
     mean, var = masked_mean(x, mask), masked_var(x, mask)
@@ -67,8 +68,8 @@ def whiten(x, mask, shift_mean=True):
 def _masked(x, mask):
     """x in float32 or wider, with 0 written over every slot where mask is 0.
 
-    It is a gate for gradients too: where mask is 0 what comes back is 0, even if it is NaN on the other side. So each
-    loss sends what it differentiates through here first, and what it sums up through masked_mean last.
+    It stops gradients too: where mask is 0 the gradient is 0, even if NaN arrives from above. So each loss passes its
+    differentiable input through this function first, and its sum through masked_mean last.
     """
     return torch.where(mask.bool(), _wide(x), 0.0)
 
@@ -85,50 +86,21 @@ def gather_logprobs(logits, tokens):
     """Log-probability of each token under its logits: log pi_t = z_t[y_t] - logsumexp_v z_t[v].
 
     logits (..., T, V), tokens (..., T) -> (..., T). logits[t] must be those that *predict* tokens[t]: they come from
-    the hidden state before the token. Differentiable in logits: d log pi / d z[v] = 1[v = y] - softmax(z)[v], and
-    exactly 0 where no gradient arrives, whatever the logits are. Half precision is raised to float32, a few rows at a
-    time.
+    the hidden state before the token. Differentiable in logits: d log pi / d z[v] = 1[v = y] - softmax(z)[v].
+
+    This is log_softmax at one token, without storing the other V - 1 log-probs.
     """
+    logits = _wide(logits)
     shape = torch.broadcast_shapes(logits.shape[:-1], tokens.shape)
-    vocabulary = logits.shape[-1]
-    logits = logits.expand(*shape, vocabulary).reshape(-1, vocabulary)  # (N, V)
-    tokens = tokens.expand(shape).reshape(-1, 1)  # (N, 1)
-    return _GatherLogprobs.apply(logits, tokens).view(shape)
-
-
-_ROWS = 64  # rows of logits raised to float32 at a time: 64 rows of a 128k vocabulary are 32 MiB
-
-
-class _GatherLogprobs(torch.autograd.Function):
-    """The two formulas of gather_logprobs. Written out because autograd would keep all logits once more, in float32.
-
-    logits (N, V), tokens (N, 1) -> (N, 1).
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens):
-        normaliser = torch.cat([_wide(rows).logsumexp(-1, keepdim=True) for rows in logits.split(_ROWS)])  # (N, 1)
-        ctx.save_for_backward(logits, tokens, normaliser)
-        return logits.gather(-1, tokens) - normaliser
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # (N, 1)
-        logits, tokens, normaliser = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        parts = (part.split(_ROWS) for part in (grad_logits, logits, tokens, normaliser, grad))
-        for out, rows, token, norm, upstream in zip(*parts, strict=True):
-            local = (rows - norm).exp_().mul_(-upstream)  # - g softmax(z), in the width of the normaliser
-            local.scatter_add_(-1, token, upstream)  # + g where v = y
-            out.copy_(local.masked_fill_(upstream == 0, 0))
-        return grad_logits, None
+    chosen = logits.expand(*shape, -1).gather(-1, tokens.expand(shape).unsqueeze(-1)).squeeze(-1)
+    return chosen - logits.logsumexp(-1)
 
 
 def sequence_logps(logprobs, mask, average=False):
     """Log-probability of a whole completion: log pi(y | x) = sum_t m_t log pi(y_t | x, y_<t).
 
-    logprobs, mask (..., T) -> (...). Differentiable in logprobs. DPO is defined on this sum; `average` divides it by
-    the length, which is a different objective (some prefer it for IPO). An empty completion has 0.
+    logprobs, mask (..., T) -> (...). Differentiable in logprobs. DPO is defined on this sum. `average` divides it by
+    the length, which is a different objective, used with IPO. An empty completion has 0.
     """
     logprobs, mask = torch.broadcast_tensors(_wide(logprobs), mask.bool())
     logps = _masked(logprobs, mask).sum(-1)
@@ -138,15 +110,10 @@ def sequence_logps(logprobs, mask, average=False):
 def entropy(logits):
     """Entropy of the next-token distribution, in nats: H_t = - sum_v p_t[v] log p_t[v], p = softmax(z).
 
-    logits (..., T, V) -> (..., T). Differentiable, though usually only watched. A forbidden token, logit -inf, adds 0.
+    logits (..., T, V) -> (..., T). Differentiable, but usually only logged. A forbidden token, logit -inf, adds 0.
     """
-
-    def rows_entropy(rows):
-        logp = _wide(rows).log_softmax(-1)
-        return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)  # p log p -> 0 as p -> 0
-
-    rows = logits.reshape(-1, logits.shape[-1])  # (N, V)
-    return torch.cat([rows_entropy(some) for some in rows.split(_ROWS)]).view(logits.shape[:-1])
+    logp = _wide(logits).log_softmax(-1)
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(-1)  # p log p -> 0 as p -> 0
 
 
 # ------------------------------------------------------------------------------------------------------------ SFT
@@ -156,7 +123,7 @@ def sft_loss(logprobs, mask, total=None):
     """Cross-entropy on completion tokens: L = - sum_t m_t log pi(y_t | x, y_<t) / sum_t m_t.
 
     logprobs, mask (..., T) -> scalar. Differentiable in logprobs. exp(L) is the perplexity. Every *token* weighs the
-    same: a long completion counts for more than a short one. `total` replaces sum_t m_t, see the top of this file.
+    same, so a long completion counts for more than a short one. `total` replaces sum_t m_t, see the top of this file.
     """
     return -masked_mean(logprobs, mask, total)
 
@@ -173,7 +140,7 @@ def dpo_loss(
     label_smoothing=0.0,
     kind="sigmoid",
 ):
-    """Learn from pairs: make the chosen completion gain more on the reference than the rejected one does.
+    """Learn from pairs: the chosen completion should gain more over the reference than the rejected one.
 
     With h = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)], for one pair (y_w chosen, y_l rejected):
 
@@ -181,11 +148,16 @@ def dpo_loss(
         ipo        L = (h - 1 / (2 beta))^2                                        IPO eq. 17
         hinge      L = max(0, 1 - beta h)                                          SLiC, on the DPO logit
 
-    e = label_smoothing is the share of pairs believed to be labelled the wrong way round; ipo and hinge take no note of
-    it. DPO sums log-probs over the completion (sequence_logps). IPO is computed on what it is given: with averages
-    instead of sums, h is per token, and so is the margin 1 / (2 beta) that it aims at.
+    e = label_smoothing is the expected share of swapped labels; ipo and hinge ignore it. The logps are sums over the
+    completion (sequence_logps). With averages instead, h is per token, and so is IPO's target margin 1 / (2 beta).
 
-    Four tensors (B,) -> losses (B,), chosen_rewards (B,), rejected_rewards (B,); average the losses yourself.
+    The rewards are those that a policy implies, up to a term of the prompt alone, DPO eq. 5:
+
+        r(x, y) = beta log pi(y | x) / pi_ref(y | x)
+
+    A reward model learns by the same formula (Bradley-Terry): - log sigmoid(r_w - r_l) is dpo_loss(r_w, r_l, 0, 0, 1).
+
+    Four tensors (B,) -> losses (B,), chosen_rewards (B,), rejected_rewards (B,). The caller averages the losses.
     Differentiable in the policy's logps; the reference's are constants, the rewards are detached.
     """
     chosen_logratios = _wide(policy_chosen_logps) - _wide(ref_chosen_logps).detach()
@@ -199,18 +171,7 @@ def dpo_loss(
         losses = F.relu(1 - beta * h)
     else:
         raise ValueError(f"dpo_loss knows the kinds 'sigmoid', 'ipo' and 'hinge', not {kind!r}")
-    chosen_rewards = implicit_rewards(policy_chosen_logps, ref_chosen_logps, beta)
-    rejected_rewards = implicit_rewards(policy_rejected_logps, ref_rejected_logps, beta)
-    return losses, chosen_rewards, rejected_rewards
-
-
-@torch.no_grad()
-def implicit_rewards(policy_logps, ref_logps, beta):
-    """The reward a policy stands for, up to a term of the prompt alone: r(x, y) = beta log pi(y|x) / pi_ref(y|x).
-
-    DPO eq. 5. Two tensors (B,) -> (B,). Detached: these are for the log (rewards/chosen, rewards/rejected, margins).
-    """
-    return beta * (_wide(policy_logps) - _wide(ref_logps))
+    return losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach()
 
 
 # ------------------------------------------------------------------------------------------------------------- KL
@@ -221,7 +182,7 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1", mask=None):
 
         k1 = d                      unbiased, negative whenever the reference likes the token better
         k2 = d^2 / 2                biased, low variance, never negative
-        k3 = exp(-d) - 1 + d        unbiased and never negative: the one to watch
+        k3 = exp(-d) - 1 + d        unbiased and never negative: the best to log
 
     For small d: k3 = k2 - d^3 / 6 + ..., and E[k1] = E[k3] exactly. The samples must come from `logprobs`' policy.
 
@@ -240,19 +201,19 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1", mask=None):
 
 
 class AdaptiveKL:
-    """A KL coefficient that steers the KL towards a target, Ziegler et al. 2019, sec. 2.2:
+    """A controller that moves the KL coefficient until the KL meets its target, Ziegler et al. 2019, sec. 2.2:
 
         e = clip(KL / target - 1, -0.2, 0.2)        coefficient <- coefficient * (1 + e * samples / horizon)
 
-    KL in nats per completion, as `target`; `samples` is the number of completions seen since the last update. `value`
-    is the present coefficient, the only state there is.
+    `kl` and `target` are in nats per completion; `samples` is the number of completions since the last update. `value`
+    is the current coefficient and the only state.
     """
 
     def __init__(self, init, target, horizon):
         self.value, self.target, self.horizon = float(init), float(target), float(horizon)
 
     def update(self, kl, samples):
-        """kl, samples: numbers (a scalar tensor will do) -> the new coefficient."""
+        """kl, samples: numbers or scalar tensors -> the new coefficient."""
         error = min(max(float(kl) / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * float(samples) / self.horizon
         return self.value
@@ -262,11 +223,10 @@ class AdaptiveKL:
 
 
 def missing_eos_penalty(scores, tokens, mask, eos_id, penalty):
-    """score - penalty for a completion that never says it is done, score for one that does.
+    """score - penalty for a completion without EOS, score for one that has it. Huang et al. 2024.
 
-    scores (...,), tokens and mask (..., T) -> (...,). EOS is looked for in the completion alone (mask), since padding
-    is often the same token. Without it a completion cut off at the limit would score like a finished one. Huang et al.
-    2024.
+    scores (...,), tokens and mask (..., T) -> (...,). Only masked tokens are searched: padding is often the same token.
+    Without the penalty a completion cut off at the limit would score like a finished one.
     """
     finished = ((tokens == eos_id) & mask.bool()).any(-1)
     return torch.where(finished, _wide(scores), _wide(scores) - penalty)
@@ -279,10 +239,10 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     Ziegler et al. 2019 eq. 2, spread over the tokens (k1 adds up to the log-ratio of the whole completion).
 
     scores (...,), the rest (..., T) -> (..., T), 0 where mask is 0. The score lands on the last masked token, which is
-    EOS if there is one; a row without tokens gets none. Detached: a reward is a constant to the policy gradient.
+    EOS if there is one; a row without tokens gets none. Detached: rewards are constants of the policy gradient.
     """
     mask = mask.bool()
-    tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # the tokens from here on, this one included
+    tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # number of tokens from t to the end, t included
     is_last = mask & (tokens_left == 1)
     kl = kl_estimate(logprobs, ref_logprobs, "k1", mask)
     return -kl_coef * kl + _masked(scores.unsqueeze(-1), is_last)
@@ -290,14 +250,14 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 @torch.no_grad()
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation, and the returns the value head should learn. GAE eq. 16, computed backwards:
+    """Generalised advantage estimation, and the returns that the value head learns. GAE eq. 16, computed backwards:
 
         delta_t = r_t + gamma V_{t+1} - V_t              V after the last token is 0
         A_t     = delta_t + gamma lam A_{t+1}            so that A_t = sum_l (gamma lam)^l delta_{t+l}
         R_t     = A_t + V_t
 
     V_t is the value of the state *before* token t. lam = 0: the TD error; lam = 1: discounted return minus value.
-    "Next" means the next masked token: slots where mask is 0 (padding on either side) take no part.
+    "Next" means the next masked token: padding on either side is skipped.
 
     rewards, values, mask (..., T) -> advantages, returns (..., T), not whitened, 0 where mask is 0. Both are detached:
     constants of the update.
@@ -313,16 +273,36 @@ def gae(rewards, values, mask, gamma, lam):
     return _masked(advantages, mask), _masked(advantages + values, mask)
 
 
+@torch.no_grad()
+def rloo(rewards, mask):
+    """REINFORCE leave-one-out: the K - 1 siblings of a completion are its baseline, so no value head is needed.
+
+        R_k = sum_t m_t r_t                     A_k = R_k - 1/(K - 1) sum_{j != k} R_j         the same at every token
+
+    Ahmadian et al. 2024 eq. 6 and 7, Kool et al. 2019. A completion is one action, and R_k includes its KL penalty
+    (shape_rewards). GRPO's advantage is the same divided by the standard deviation of the K returns, up to a constant.
+
+    rewards, mask (..., K, T) -> advantages (..., K, T), not whitened, 0 where mask is 0. Detached: constants of the
+    update. Raises ValueError if K is 1: an only child has no siblings.
+    """
+    samples = rewards.shape[-2] if rewards.dim() > 1 else 1
+    if samples < 2:
+        raise ValueError("rloo compares the completions of a prompt: it needs K >= 2 of them, rewards (..., K, T)")
+    returns = _masked(rewards, mask).sum(-1, keepdim=True)  # (..., K, 1)
+    siblings = (returns.sum(-2, keepdim=True) - returns) / (samples - 1)  # (..., K, 1) mean return of the others
+    return _masked(returns - siblings, mask)
+
+
 def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, total=None):
     """The clipped surrogate, PPO eq. 7, as a loss to be minimised. With ratio_t = pi(y_t) / pi_old(y_t):
 
         L_t = max(- A_t ratio_t, - A_t clip(ratio_t, 1 - clip, 1 + clip))        L = sum_t m_t L_t / sum_t m_t
 
-    The max keeps the more pessimistic of the two. Once the ratio has left the range in the direction that A_t asked
-    for, the gradient is 0; in the other direction it pulls back. On the first pass ratio = 1 and L = - mean A.
+    The max keeps the more pessimistic of the two. Once the ratio has left the range in the direction of A_t, the
+    gradient is 0; on the other side it pulls back. On the first pass ratio = 1 and L = - mean A.
 
-    Four tensors (..., T) -> loss, clipfrac (share of tokens on which the clip decides), both scalars. Differentiable in
-    new_logprobs only: old_logprobs and advantages are constants. `total` replaces sum_t m_t in both results.
+    Four tensors (..., T) -> loss, clipfrac (share of tokens where the clipped term wins), both scalars. Differentiable
+    in new_logprobs only: old_logprobs and advantages are constants. `total` replaces sum_t m_t in both results.
     """
     advantages = _wide(advantages).detach()
     ratio = _masked(_wide(new_logprobs) - _wide(old_logprobs).detach(), mask).exp()
@@ -333,18 +313,18 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, total=None):
 
 
 def value_loss(new_values, old_values, returns, mask, clip, total=None):
-    """Squared error of the value head, kept within `clip` of the values of the rollout:
+    """Squared error of the value head, clipped to within `clip` of the rollout's values:
 
         V_clip = clip(V, V_old - clip, V_old + clip)
         L_t    = 1/2 max((V - R)^2, (V_clip - R)^2)                              L = sum_t m_t L_t / sum_t m_t
 
-    Not in the PPO paper but in its code, as Engstrom et al. 2020 found.
+    Not in the PPO paper but in its code (Engstrom et al. 2020).
 
-    Four tensors (..., T) -> loss, clipfrac (share of tokens on which the clip decides), both scalars. Differentiable in
-    new_values only: old_values and returns are constants. `total` replaces sum_t m_t in both results.
+    Four tensors (..., T) -> loss, clipfrac (share of tokens where the clipped term wins), both scalars. Differentiable
+    in new_values only: old_values and returns are constants. `total` replaces sum_t m_t in both results.
     """
     new_values, old_values, returns = _masked(new_values, mask), _wide(old_values).detach(), _wide(returns).detach()
-    # Not V_old + clip(V - V_old): its rounding would count as a clip wherever V is within the range.
+    # V_old + clip(V - V_old) would round: values inside the range would count as clipped.
     clipped_values = new_values.clamp(old_values - clip, old_values + clip)
     unclipped = (new_values - returns).square()
     clipped = (clipped_values - returns).square()
@@ -354,12 +334,12 @@ def value_loss(new_values, old_values, returns, mask, clip, total=None):
 
 @torch.no_grad()
 def explained_variance(values, returns, mask):
-    """How much of the returns the value head foresaw: 1 - Var(R - V) / Var(R), over the masked slots.
+    """The share of the returns' variance that the value head predicted: 1 - Var(R - V) / Var(R), over the masked slots.
 
-    Three tensors (..., T) -> scalar, detached. 1: everything. 0: no better than a constant. Below 0: worse than one.
-    Returns that do not vary leave nothing to explain: 0.
+    Three tensors (..., T) -> scalar, detached. 1: all of it. 0: no better than a constant. Below 0: worse than one.
+    Returns that do not vary give 0.
     """
     total = masked_var(returns, mask)
     left = masked_var(_wide(returns) - _wide(values), mask)
-    noise = torch.finfo(total.dtype).eps * masked_mean(_wide(returns).square(), mask)  # the variance rounding makes up
+    noise = torch.finfo(total.dtype).eps * masked_mean(_wide(returns).square(), mask)  # rounding looks like variance
     return torch.where(total > noise, 1 - left / total, 0.0)
