@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from socratiq import losses, memory, training
 from socratiq.batch import make_batch
 from socratiq.data import load_rows
-from socratiq.models import load_policy, load_tokenizer, token_logprobs
+from socratiq.models import load_policy, load_tokenizer
+from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
 

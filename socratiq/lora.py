@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ROUTERS = ("gate", "router")  # of a mixture of experts: they choose, and are left as they were trained
 
 
 class LoRALinear(nn.Module):
@@ -32,56 +32,26 @@ class LoRALinear(nn.Module):
         self.enabled = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in) -> (..., out)
+        y = self.base(x)
         if not self.enabled:
-            return self.base(x)
-        if type(self.base) is nn.Linear:
-            return AddLowRank.apply(x, None, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale)
-        return AddLowRank.apply(x, self.base(x), None, None, self.lora_A, self.lora_B, self.scale)
+            return y
+        A, B = self.lora_A.to(y.dtype), self.lora_B.to(y.dtype)  # adapters compute in the precision of the frozen W
+        return y + self.scale * F.linear(F.linear(x.to(y.dtype), A), B)
 
 
-class AddLowRank(torch.autograd.Function):
-    """W x + b + scale * B A x, computed in the precision of the frozen W.
+def add_lora(lm: nn.Module, rank: int, alpha: float | None = None) -> int:
+    """Freeze a causal language model and put an adapter on every linear module of its layers, routers excepted.
 
-    x (..., in), weight W (out, in), bias b (out,) or None, A (r, in), B (out, r) -> (..., out). Or, with None for W and
-    b, what another kind of layer made of x, `y` (..., out): the rest is added into it in place. Keeps x, which the
-    neighbours keep too, and A x. In the backward pass, too, the adapter's part is added into the larger one, where
-    autograd would write both and then their sum.
+    As PEFT's target "all-linear". `alpha` is 2 * rank if not given. Returns the number of adapters.
     """
-
-    @staticmethod
-    def forward(ctx, x, y, weight, bias, A, B, scale):
-        if y is None:
-            y = F.linear(x, weight, bias)
-        else:
-            ctx.mark_dirty(y)
-        x, A, B = (tensor.to(y.dtype) for tensor in (x, A, B))
-        down = (x.flatten(0, -2) @ A.T).mul_(scale)  # (N, r)
-        y.view(-1, y.shape[-1]).addmm_(down, B.T)
-        ctx.save_for_backward(x, weight, A, B, down)
-        ctx.scale = scale
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_y):
-        x, weight, A, B, down = ctx.saved_tensors
-        rows = d_y.flatten(0, -2)  # (N, out)
-        d_down = (rows @ B).mul_(ctx.scale)  # (N, r)
-        d_x = None
-        if ctx.needs_input_grad[0]:
-            d_x = d_down @ A if weight is None else (rows @ weight.to(rows.dtype)).addmm_(d_down, A)
-            d_x = d_x.view(x.shape)
-        d_A, d_B = d_down.T @ x.flatten(0, -2), (down.T @ rows).T  # rows.T @ down takes longer
-        return d_x, d_y if weight is None else None, None, None, d_A, d_B, None
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float | None = None, targets: tuple[str, ...] = TARGETS) -> None:
-    """Freeze `model` and put an adapter on every linear module named in `targets`. `alpha` is 2 * rank if not given."""
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
+    lm.requires_grad_(False)
+    count = 0
+    for parent in list(lm.model.layers.modules()):
         for name, child in list(parent.named_children()):
-            if name in targets:
+            if isinstance(child, nn.Linear) and name not in ROUTERS:
                 setattr(parent, name, LoRALinear(child, rank, 2.0 * rank if alpha is None else alpha))
+                count += 1
+    return count
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -123,10 +93,8 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
 
 def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
     """Write the adapters of a state dict in PEFT's file format: adapter_model.safetensors and adapter_config.json."""
-    from safetensors.torch import save_file
-
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, targets, rank, alpha = {}, set(), 0, 0.0
+    tensors, targets = {}, set()
     for name, adapter in adapters(model):
         tensors[f"base_model.model.{name}.lora_A.weight"] = state[f"{name}.lora_A"].contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = state[f"{name}.lora_B"].contiguous()

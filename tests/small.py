@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from socratiq import lora
-from socratiq.models import Policy
+from socratiq.policy import Policy
 
 VOCABULARY, EOS = 12, 2
 

@@ -20,7 +20,7 @@ from socratiq.losses import (
     value_loss,
     whiten,
 )
-from socratiq.models import token_logprobs
+from socratiq.policy import token_logprobs
 from socratiq.sampling import sample
 
 

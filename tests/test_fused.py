@@ -15,7 +15,7 @@ from socratiq.engine import fused
 from socratiq.engine.cache import Cache
 from socratiq.engine.packed import packed
 from socratiq.lora import AddLowRank
-from socratiq.models import Policy
+from socratiq.policy import Policy
 
 
 def numbers(*shape):

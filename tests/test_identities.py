@@ -9,7 +9,8 @@ from small import EOS, small_lm, small_policy, small_rows, stir
 from socratiq.batch import make_batch
 from socratiq.engine import cache, fused
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
-from socratiq.models import Policy, load_policy, token_logprobs
+from socratiq.models import load_policy
+from socratiq.policy import Policy, token_logprobs
 from socratiq.sampling import sample
 
 

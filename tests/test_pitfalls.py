@@ -18,7 +18,8 @@ from socratiq import lora, losses
 from socratiq import models as model
 from socratiq.batch import make_batch
 from socratiq.data import Row, load_pairs, load_rows, split_by_context
-from socratiq.models import load_policy, load_tokenizer, save_model, save_policy, token_logprobs
+from socratiq.models import load_policy, load_tokenizer, save_model, save_policy
+from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.run.errors import UserError
 from socratiq.sampling import draw, sample

@@ -590,7 +590,7 @@ def tiny():
 def one_by_one(policy, tokenizer, prefix: str, question: str) -> torch.Tensor:
     """log p(token | prefix, tokens before) by a forward of its own for every question."""
     from socratiq.batch import make_batch
-    from socratiq.models import token_logprobs
+    from socratiq.policy import token_logprobs
     from socratiq.prompts import plain_ids
 
     batch = make_batch([plain_ids(tokenizer, prefix)], [[plain_ids(tokenizer, question)]])
@@ -616,7 +616,8 @@ def test_states_are_those_of_the_middle_and_of_four_fifths():
     """On ten layers: after five of them and after eight, as transformers counts them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from socratiq.models import Policy, load_tokenizer
+    from socratiq.models import load_tokenizer
+    from socratiq.policy import Policy
     from socratiq.prompts import plain_ids
 
     tokenizer = load_tokenizer("tiny")

@@ -12,7 +12,7 @@ from small import small_policy, small_rows, stir
 from socratiq import training
 from socratiq.batch import make_batch
 from socratiq.losses import sft_loss
-from socratiq.models import token_logprobs
+from socratiq.policy import token_logprobs
 from socratiq.run.errors import UserError
 from socratiq.run.folder import Run, fingerprint
 

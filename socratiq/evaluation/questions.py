@@ -15,7 +15,8 @@ import torch
 
 from socratiq.batch import make_batch
 from socratiq.evaluation.measures import well_formed
-from socratiq.models import load_policy, load_tokenizer, token_logprobs
+from socratiq.models import load_policy, load_tokenizer
+from socratiq.policy import token_logprobs
 from socratiq.prompts import decode, encode_completion, encode_prompt
 from socratiq.run.errors import UserError, bar, warn
 from socratiq.sampling import sample

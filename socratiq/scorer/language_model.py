@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 from socratiq.batch import common_start, make_batch
-from socratiq.models import Policy, load_policy, load_tokenizer, pick_device, token_logprobs
+from socratiq.models import load_policy, load_tokenizer, pick_device
+from socratiq.policy import Policy, token_logprobs
 from socratiq.prompts import plain_ids
 
 BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
