@@ -17,7 +17,8 @@ torch.set_num_threads(plan["threads"])
 
 from socratiq import losses, training  # noqa: E402
 from socratiq.batch import make_batch  # noqa: E402
-from socratiq.models import load_policy, token_logprobs  # noqa: E402
+from socratiq.models import load_policy  # noqa: E402
+from socratiq.policy import token_logprobs  # noqa: E402
 from socratiq.sampling import sample  # noqa: E402
 
 work, size = plan["work"], plan["batch"]

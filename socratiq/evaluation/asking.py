@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 
 from socratiq.batch import make_batch
-from socratiq.models import load_policy, load_tokenizer, token_logprobs
+from socratiq.models import load_policy, load_tokenizer
+from socratiq.policy import token_logprobs
 from socratiq.prompts import decode, encode_completion, encode_prompt
 from socratiq.run.errors import UserError, bar
 from socratiq.sampling import sample
