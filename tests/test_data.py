@@ -56,6 +56,8 @@ def columns_of(records):
     [
         ("comma.csv", as_csv(RECORDS)),
         ("semicolon.csv", as_csv(RECORDS, ";")),
+        ("excel.csv", "sep=;\r\n" + as_csv(RECORDS, ";", newline="\r\n")),
+        ("old_mac.csv", as_csv(RECORDS, newline="\r")),
         ("tab.tsv", as_csv(RECORDS, "\t")),
         ("windows.csv", "\ufeff" + as_csv(RECORDS, newline="\r\n")),
         ("CAPITALS.CSV", as_csv(RECORDS)),
@@ -113,7 +115,7 @@ def test_sources_name_row_and_line(tmp_path):
     assert load_rows(str(tmp_path / "rows.jsonl"))[1].source == f"{tmp_path}/rows.jsonl line 3"
 
 
-def test_folder_and_its_splits(tmp_path):
+def test_a_folder_is_read_file_by_file(tmp_path, capsys):
     (tmp_path / "deep").mkdir()
     (tmp_path / ".hidden").mkdir()
     (tmp_path / "deep" / "train-00001.jsonl").write_text(json_lines(RECORDS[:1]))
@@ -121,10 +123,20 @@ def test_folder_and_its_splits(tmp_path):
     (tmp_path / "training_notes.txt").write_text("no data")
     (tmp_path / ".hidden" / "train.csv").write_text("broken")
     assert plain(load_rows(str(tmp_path))) == EXPECTED[:2]
-    assert plain(load_rows(str(tmp_path), split="train")) == EXPECTED[:1]
-    assert plain(load_rows(str(tmp_path), split="test")) == EXPECTED[1:2]
-    with pytest.raises(UserError, match="no file is named after the split 'dev'"):
-        load_rows(str(tmp_path), split="dev")
+    assert capsys.readouterr().err == ""
+    (tmp_path / "dataset_infos.json").write_text(json.dumps({"default": {"features": {"context": {}}}}))
+    assert plain(load_rows(str(tmp_path))) == EXPECTED[:2]
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: files without a column of questions left out: {tmp_path}/dataset_infos.json\n"
+    )
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    parts = {"train": Dataset.from_list(RECORDS[:2]), "test": Dataset.from_list(RECORDS[2:])}
+    DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    assert plain(load_rows(str(tmp_path / "saved"))) == [EXPECTED[2], *EXPECTED[:2]]  # by the names of the files
 
 
 def test_a_changed_file_is_read_anew(tmp_path):
@@ -164,26 +176,37 @@ def test_socratiq_full_files(tmp_path):
     ]
 
 
-def test_a_label_in_front_of_the_context_is_cut_off(tmp_path):
+def test_a_label_in_front_of_every_context_is_cut_off_with_a_count(tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    contexts = ["reasons_evidence: I think so.", "others:   Well.", "Clarity: a word on it.", "claim: x", "clarity:"]
+    contexts = ["reasons_evidence: I think so.", "others:   Well.", "implication_consequences: Say: yes."]
     path.write_text(json_lines([{"context": text, "question": "Why?", "schema": "Analogy"} for text in contexts]))
-    assert [row.context for row in load_rows(str(path))] == [
-        "I think so.",
-        "Well.",
-        "Clarity: a word on it.",  # a text of its own, not a data set's label
-        "claim: x",
-        "clarity:",
-    ]
+    assert [row.context for row in load_rows(str(path))] == ["I think so.", "Well.", "Say: yes."]
+    assert capsys.readouterr().err == (
+        f"warning: {path}: a label in front of every context, such as 'reasons_evidence: ', cut off in all 3 rows\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [
+        ["reasons: there are three of them"],  # a label of other data, and the start of a sentence
+        ["Clarity: a word on it."],
+        ["clarity:"],
+        ["clarity: I think so.", "I think not."],  # not in front of every one
+    ],
+)
+def test_no_other_context_is_cut(tmp_path, capsys, contexts):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json_lines([{"context": text, "question": "Why?", "type": "Analogy"} for text in contexts]))
+    assert [row.context for row in load_rows(str(path))] == contexts
+    assert capsys.readouterr().err == ""
 
 
 def test_two_columns_for_one_field_are_settled_with_a_warning(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     path.write_text("context,question,type,label\na,b?,clarity,assumptions\nc,d?,clarity,assumptions\n")
     assert [row.type for row in load_rows(str(path))] == ["Clarity", "Clarity"]
-    assert capsys.readouterr().err == (
-        f"warning: {path} row 1 (line 2): columns 'type' and 'label' could be the type; reading 'type'\n"
-    )
+    assert capsys.readouterr().err == (f"warning: {path}: columns type and label could be the type; reading type\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -223,8 +246,42 @@ def test_copies_are_dropped_and_contradictions_kept_with_warnings(tmp_path, caps
     )
     assert plain(load_rows(str(path))) == [("a", "b?", "Clarity"), ("a", "b?", "Assumptions"), ("a", "c?", "Clarity")]
     assert capsys.readouterr().err.splitlines() == [
-        f"warning: {path}: left out 2 exact copies of earlier rows",
-        f"warning: {path}: 1 question of the same context under more than one type, kept under each; the first: 'b?'",
+        f"warning: {path}: exact copies of earlier rows left out: 2",
+        f"warning: {path}: questions with a second type or verdict, kept under each: 1",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_verdicts_in_a_column_of_their_own(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(
+        "context,question,type,preference\na,b?,clarity,chosen\na,c?,,Rejected\na,d?,clarity,\na,e?,,Useful\n"
+    )
+    found = [(row.question, row.type, row.preference) for row in load_rows(str(path))]
+    assert found == [("b?", "Clarity", "chosen"), ("c?", "", "rejected"), ("d?", "Clarity", ""), ("e?", "", "chosen")]
+
+
+def test_labels_that_are_verdicts_are_no_types(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    path.write_text("context,question,label,schema\na,b?,Useful,Analogy\na,c?,UNHELPFUL,\na,d?,undecided,Analogy\n")
+    found = [(row.question, row.type, row.preference) for row in load_rows(str(path))]
+    assert found == [("b?", "Analogy", "chosen"), ("c?", "", "rejected"), ("d?", "Analogy", "")]
+    assert capsys.readouterr().err == ""
+
+
+def test_the_shared_task_on_critical_questions(tmp_path):
+    path = tmp_path / "validation.json"
+    asked = [("Which noise?", "Useful"), ("What is a tram?", "Unhelpful"), ("Do you like trams?", "Invalid")]
+    questions = [{"id": f"A_1_{n}", "cq": question, "label": label} for n, (question, label) in enumerate(asked)]
+    text = {"intervention_id": "A_1", "intervention": "A: Trams are loud.", "schemes": ["Sign"], "cqs": questions}
+    path.write_text(json.dumps({"A_1": text, "B_1": {**text, "intervention": "B: No.", "cqs": questions[:1]}}))
+    assert load_rows(str(path)) == [
+        ("A: Trams are loud.", "Which noise?", "", f"{path} row 1", "chosen"),
+        ("A: Trams are loud.", "What is a tram?", "", f"{path} row 2", "rejected"),
+        ("A: Trams are loud.", "Do you like trams?", "", f"{path} row 3", "rejected"),
+        ("B: No.", "Which noise?", "", f"{path} row 4", "chosen"),
     ]
 
 
@@ -254,37 +311,15 @@ def test_an_address(server):
     rows = load_rows(address + "rows.csv?raw=true")
     assert plain(rows) == EXPECTED
     assert rows[0].source == address + "rows.csv?raw=true row 1 (line 2)"
-    with pytest.raises(UserError, match=r"gone.csv: could not be fetched \(HTTP Error 404"):
+    with pytest.raises(UserError, match=r"gone.csv: cannot be read \(HTTP Error 404"):
         load_rows(address + "gone.csv")
-    (folder / "page.csv").write_text("<!DOCTYPE html><title>rows.csv on a code host</title>")
-    with pytest.raises(UserError, match="is a web page, not data; give the address of the raw file"):
-        load_rows(address + "page.csv")
 
 
-def test_socratiq_leaves_the_test_files_alone(server, monkeypatch):
+def test_socratiq_is_an_address(server, monkeypatch):
     folder, address = server
-    monkeypatch.setattr(data, "SOCRATIQ", address)
-    for name in ("train_chunk_I", "train_chunk_II", "train_chunk_III", "valid", "test"):
-        (folder / f"{name}.csv").write_text(f",input,target\n0,clarity: From {name}.,What?\n")
-    texts = {split: [row.context for row in load_rows("socratiq", split)] for split in (None, "validation", "test")}
-    train = ["From train_chunk_I.", "From train_chunk_II.", "From train_chunk_III."]
-    assert texts == {None: [*train, "From valid."], "validation": ["From valid."], "test": ["From test."]}
-    with pytest.raises(UserError, match="socratiq: has no split 'dev'; choose one of train, validation, test"):
-        load_rows("socratiq", "dev")
-
-
-def test_a_few_unusable_rows_from_elsewhere_are_left_out(server, capsys):
-    folder, address = server
-    good = [{"context": f"text {n}", "question": "why?", "type": "clarity"} for n in range(99)]
-    (folder / "rows.jsonl").write_text(json_lines([*good, {**good[0], "question": None}]))
-    assert len(load_rows(address + "rows.jsonl")) == 99
-    assert capsys.readouterr().err == (
-        f"warning: {address}rows.jsonl: left out 1 unusable row, the first being {address}rows.jsonl line 100: "
-        "the question is missing; fill it in or remove the row\n"
-    )
-    (folder / "rows.jsonl").write_text(json_lines([*good, *[{**good[0], "question": None}] * 2]))
-    with pytest.raises(UserError, match="line 100: the question is missing"):
-        load_rows(address + "rows.jsonl")
+    monkeypatch.setattr(data, "SOCRATIQ", address + "mturk.csv")
+    (folder / "mturk.csv").write_text(",thought,question,label\n0,A text.,What?,clarity\n")
+    assert plain(load_rows("socratiq")) == [("A text.", "What?", "Clarity")]
 
 
 def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
@@ -300,15 +335,11 @@ def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
         return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in parts.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda repository: ["plain"])
     rows = load_rows("someone/questions:plain")
     assert asked == [("someone/questions", "plain")]
     assert plain(rows) == EXPECTED
     assert rows[2].source == "someone/questions:plain test row 1"
-    assert plain(load_rows("someone/questions:plain", split="test")) == EXPECTED[2:]
-    with pytest.raises(UserError, match="has no split 'dev'; choose one of train, test"):
-        load_rows("someone/questions:plain", split="dev")
-    with pytest.raises(UserError, match=r"several configurations; name one as someone/questions:NAME \(plain\)"):
+    with pytest.raises(UserError, match=r"Config name is missing.*plain.*owner/name:configuration"):
         load_rows("someone/questions")
 
 
@@ -319,7 +350,7 @@ def test_no_network_is_one_clear_line():
     environment = {"HF_HUB_OFFLINE": "1", "PATH": ""}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: a/b: no such file or folder here, and the Hub could not provide a data set")
+    assert run.stderr.startswith("error: a/b: no such file or folder here, and the Hub gave no data set of that name")
     assert run.stderr.count("\n") == 1
 
 
@@ -392,27 +423,30 @@ def test_nothing_to_hold_out():
 
 def test_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(
-        "\n"
-        + json_lines(
-            [
-                {
-                    "prompt": "Ask.\n",
-                    "chosen": " Why?\ud83d",
-                    "rejected": "What?",
-                    "context": "A text.",
-                    "type": "Clarity",
-                },
-                {"prompt": "Ask again.", "chosen": "Why?", "rejected": "What?", "extra": 1},
-                {"prompt": "Ask more.", "chosen": "Why?", "rejected": "What?", "context": None},
-            ]
-        )
-    )
+    records = [
+        {"prompt": "Ask.\n", "chosen": " Why?\ud83d", "rejected": "What?", "context": "A text.", "type": "Clarity"},
+        {"prompt": "Ask again.", "chosen": "Why?", "rejected": "What?", "extra": 1},
+        {"prompt": "Ask more.", "chosen": "Why?", "rejected": "What?", "context": None},
+    ]
+    path.write_text("\n" + json_lines(records))
     pairs = load_pairs(str(path))
     assert pairs[0] == ("Ask.\n", "Why?", "What?", "A text.", "Clarity", f"{path} line 2")
     assert pairs[1] == ("Ask again.", "Why?", "What?", "", "", f"{path} line 3")
     train, held_out = split_by_context(pairs, 0.5)  # those without a context go by their prompts
     assert train and held_out and len(train) + len(held_out) == 3
+
+
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.json", "pairs.parquet"])
+def test_pairs_come_from_every_kind_of_file(tmp_path, name):
+    records = [{"prompt": f"Ask {n}.\n", "chosen": "Why?", "rejected": "What?", "context": ""} for n in range(2)]
+    if name == "pairs.parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(as_csv(records) if name == "pairs.csv" else json.dumps(records))
+    assert [pair[:5] for pair in load_pairs(str(tmp_path / name))] == [(*r.values(), "") for r in records]
 
 
 # -------------------------------------------------------------------------------------------------------------- size
