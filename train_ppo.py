@@ -119,7 +119,8 @@ def run_stage():
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     distributed.shard(policy)
-    reward = load_reward(args, held_out_contexts, sorted({row.type for row in train_rows + held_out_rows} - {OTHERS}))
+    types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS, ""})
+    reward = load_reward(args, held_out_contexts, types)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
 
     def draw_tasks(contexts, count, *purpose):

@@ -70,7 +70,7 @@ def run_stage():
     from socratiq.taxonomy import OTHERS
 
     # Data: token ids of prompt and question, tokenised apart.
-    rows = [row for row in load_rows(args.data) if row.type != OTHERS]
+    rows = [row for row in load_rows(args.data) if row.type != OTHERS and row.preference != "rejected"]
     if not rows:
         raise UserError(f"{args.data}: no rows to learn from; every row is labelled {OTHERS!r}")
     train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)

@@ -1,5 +1,7 @@
 """The one prompt template and the one way to turn text into token ids. SFT, pairs, DPO, PPO and `ask` all come here."""
 
+from functools import lru_cache
+
 from socratiq.run.errors import UserError
 
 # Word for word the template the questions of the task were collected with, its trailing space included.
@@ -67,8 +69,26 @@ def decode(tokenizer, ids: list[int]) -> str:
 
 
 def plain_ids(tokenizer, text: str) -> list[int]:
-    """Ids of a text in which nothing is a control token: "<|im_end|>" in somebody's text is seven harmless pieces."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    """Ids of a text in which nothing is a control token: "<|im_end|>" in a row of data is seven harmless pieces.
+
+    Tokenizers cut up their special tokens on request, but not those that were added as ordinary ones, such as Qwen3's
+    "<think>". A text that holds one of them goes through the tokenizer's steps without its added vocabulary.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if added_ids(tokenizer).isdisjoint(ids):
+        return ids
+    steps = tokenizer.backend_tokenizer
+    if steps.normalizer:
+        text = steps.normalizer.normalize_str(text)
+    words = [word for word, _ in steps.pre_tokenizer.pre_tokenize_str(text)] if steps.pre_tokenizer else [text]
+    return [token.id for word in words for token in steps.model.tokenize(word)]
+
+
+@lru_cache
+def added_ids(tokenizer) -> frozenset[int]:
+    """Ids of the added tokens that are not special; runs of spaces or newlines, which some tokenizers add, are text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(number for number, token in added if not token.special and token.content.strip(" \t\n▁"))
 
 
 def bos(tokenizer) -> list[int]:

@@ -78,7 +78,7 @@ class Show:
 
         self.args, self.page, self.torch = args, Page(args.width, args.color), torch
         self.rows = load_rows(args.data)
-        self.about = pick_text([row for row in self.rows if row.type != OTHERS], args.data)
+        self.about = pick_text([row for row in self.rows if row.type not in ("", OTHERS)], args.data)
         self.tokenizer = load_tokenizer(args.model)
         self.eos = self.tokenizer.eos_token_id
         self.policy = load_policy(args.model, "auto", "float32", lora_rank=8, value_head=True, seed=args.seed)

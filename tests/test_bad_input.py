@@ -301,11 +301,10 @@ RUNS = [
         [*SFT, "--max-prompt-tokens", "5"],
         "--max-prompt-tokens 5: the template alone takes ... tokens; allow more than that",
     ),
-    ([*DPO, "--pairs", "gone.jsonl"], "gone.jsonl: no such file or folder; make_pairs.py writes the file that --pairs takes"),
+    ([*DPO, "--pairs", "gone.jsonl"], "gone.jsonl: no such file or folder; make_pairs.py writes the file ..."),
     (
         [*DPO, "--pairs", "two.jsonl"],
-        "two.jsonl line 1: no field 'prompt'; the fields are 'context', 'question', 'type'; "
-        "make_pairs.py writes all three",
+        "two.jsonl: no column for the prompt; the columns are 'context', 'question', 'type'; name one of them prompt",
     ),
     (
         [*DPO, "--pairs", "long.jsonl"],

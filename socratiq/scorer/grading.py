@@ -63,6 +63,7 @@ def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
     """
     from socratiq.data import split_by_context
 
+    rows = [row for row in rows if row.type]  # a question with a verdict alone tells nothing about types
     train = split_by_context(rows, held_out, seed)[0]
     parts = judge_split(train)
     types = {row.type for row in train}
