@@ -284,7 +284,7 @@ def exchange():
     from socratiq.engine import distributed
     from socratiq.run.errors import UserError
 
-    distributed._join("cpu")
+    distributed.join("cpu")
     items = [
         [1, [2, 3]],
         "d\u00e9j\u00e0 vu?",

@@ -29,33 +29,31 @@ from socratiq.run.errors import UserError
 from socratiq.run.files import remove, sync
 from socratiq.run.folder import Run
 
-_rank, _world = 0, 1
+dist = None  # torch.distributed, once this process has joined others
 
 
 def rank() -> int:
     """Number of this process, 0 for the one that prints and writes."""
-    return _rank
+    return dist.get_rank() if dist else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return _world
+    return dist.get_world_size() if dist else 1
 
 
 def open_run(args, stage: str) -> Run:
-    """Join the other processes if torchrun started any, and open the run in --out.
-
-    CUDA processes take the GPU of their local rank and talk over NCCL; tensors on the CPU go over gloo.
-    """
+    """Join the other processes if torchrun started any, and open the run in --out."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if getattr(args, "plain", False) or args.device == "mps":
+        if args.plain or args.device == "mps":
             raise UserError("several processes need --device cpu or cuda, and no --plain")
-        _join(args.device)
-    return ShardedRun(args, stage) if _world > 1 or Run.parts_in(args.out) else Run(args, stage)
+        join(args.device)
+    return ShardedRun(args, stage) if dist or Run.parts_in(args.out) else Run(args, stage)
 
 
-def _join(device: str) -> None:
-    global _rank, _world
+def join(device: str) -> None:
+    """Join the processes that torchrun started. CUDA processes take the GPU of their local rank and talk over NCCL."""
+    global dist
     import torch
     import torch.distributed as dist
 
@@ -65,10 +63,9 @@ def _join(device: str) -> None:
         if local >= gpus:
             raise UserError(f"torchrun started more processes than there are GPUs here; use --nproc-per-node {gpus}")
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # tensors on the CPU go over gloo
     atexit.register(dist.destroy_process_group)
-    _rank, _world = dist.get_rank(), dist.get_world_size()
-    if _rank > 0:
+    if rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (open until the process ends)
 
 
@@ -77,44 +74,39 @@ def _join(device: str) -> None:
 
 def share(items, *filler) -> list:
     """This process's items: every world-th. If there are none, the filler."""
-    return list(items)[_rank::_world] or list(filler)
+    return list(items)[rank() :: world()] or list(filler)
 
 
 def collect(items: list, count: int) -> list:
     """The way back: all `count` items in the order from which they were shared out, on every process."""
-    if _world == 1:
+    if dist is None:
         return items
-    import torch.distributed as dist
-
-    shares = [None] * _world
+    shares = [None] * world()
     dist.all_gather_object(shares, items)  # pickled, but on the way between our own processes only
-    return [shares[i % _world][i // _world] for i in range(count)]
+    return [shares[i % world()][i // world()] for i in range(count)]
 
 
 def first(function):
     """What `function()` returns in the first process, or the UserError it raises; the others do not run it."""
-    if _world == 1:
+    if dist is None:
         return function()
-    import torch.distributed as dist
-
-    said = [None, None]
-    if _rank == 0:
+    result, error = None, None
+    if rank() == 0:
         try:
-            said[0] = function()
-        except UserError as error:
-            said[1] = error
-    dist.broadcast_object_list(said)  # pickled, but on the way between our own processes only
-    if said[1]:
-        raise said[1]
-    return said[0]
+            result = function()
+        except UserError as raised:
+            error = raised
+    (result, error), *_ = collect([(result, error)], world())
+    if error:
+        raise error
+    return result
 
 
 def all_sum(x):
     """The sum over all processes of a number, a tensor, or a dict of numbers."""
-    if _world == 1:
+    if dist is None:
         return x
     import torch
-    import torch.distributed as dist
 
     if isinstance(x, dict):
         total = all_sum(torch.stack([torch.as_tensor(value).detach().double() for value in x.values()]))
@@ -122,18 +114,6 @@ def all_sum(x):
     total = x.detach().clone() if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
     dist.all_reduce(total)
     return total if isinstance(x, torch.Tensor) else total.item()
-
-
-def most(number: int) -> int:
-    """The largest of the processes' numbers."""
-    if _world == 1:
-        return number
-    import torch
-    import torch.distributed as dist
-
-    number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -145,13 +125,13 @@ def shard(policy) -> None:
     Comes after adapters, value head and reference copy are in place and before the optimiser, which then holds moments
     for this process's part alone.
     """
-    if _world == 1:
+    if dist is None:
         return
     import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh("cuda" if torch.cuda.is_initialized() else "cpu", (_world,))
+    mesh = init_device_mesh("cuda" if torch.cuda.is_initialized() else "cpu", (world(),))
     # Under autocast a layer computes in bfloat16, so its weights travel in bfloat16 and its gradients are added in
     # float32. Without this autocast would keep a bfloat16 copy of every layer until the backward pass.
     mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -168,11 +148,7 @@ def shard(policy) -> None:
 
 def _units(policy) -> list:
     """The modules whose weights are gathered together; none with one process."""
-    if _world == 1:
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+    return [module for module in policy.modules() if hasattr(module, "set_reshard_after_forward")]
 
 
 @contextlib.contextmanager
@@ -182,38 +158,22 @@ def unsharded(policy):
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
-            unit.reshard()
-
-
-def full_tensor(tensor):
-    """All of a tensor that is spread over the processes; any other tensor unchanged. All processes call it together."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
 
 
 def gather(tensors: dict) -> dict:
     """All of every tensor, in the CPU memory of the first process; the others get {}. One process keeps what it has."""
-    if _world == 1:
+    if dist is None:
         return tensors
     gathered = {}
     for name, tensor in tensors.items():
-        tensor = full_tensor(tensor)  # on every process, but only one tensor at a time
-        if _rank == 0:
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # everywhere, but one at a time
+        if rank() == 0:
             gathered[name] = tensor.to("cpu", copy=True)  # without the padding that uneven shards leave behind it
     return gathered
-
-
-def part(tensor, parameter):
-    """This process's part of a whole tensor that belongs to a parameter: its weight, or one of its moments."""
-    if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
-        return tensor  # one process, or a number such as the optimiser's step count
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -226,18 +186,14 @@ class ShardedRun(Run):
     part, as safetensors: nothing is pickled on the disk. checkpoint.safetensors comes after them and names the folder.
     """
 
-    @property
-    def writes(self) -> bool:
-        return _rank == 0
-
-    def _in_first(self, function):
-        return first(function)
+    writes = property(lambda self: rank() == 0)
+    _in_first = staticmethod(first)
 
     def _signal_of_any(self) -> int:
-        return most(self.asked_to_stop)
+        return max(collect([self.asked_to_stop], world()))
 
     def _write_checkpoint(self, tensors: dict, state: dict) -> None:
-        if _world == 1:
+        if dist is None:
             return super()._write_checkpoint(tensors, state)
         import torch.distributed.checkpoint as dcp
 
@@ -249,26 +205,26 @@ class ShardedRun(Run):
             dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, files, save_distributed=True))
         except dcp.api.CheckpointException as failed:
             raise failed.failures[min(failed.failures)][0] from None  # a full disk, say
-        for path in (folder, self.out):
-            sync(path)
+        sync(folder)
         if self.writes:
             super()._write_checkpoint({}, {**state, "parts": folder.name})
             for other in set(Run.parts_in(self.out)) - {folder}:
                 remove(other)
 
     def _read_tensors(self, state: dict, parameters: dict, device) -> dict:
-        if "parts" not in state:
-            whole = super()._read_tensors(state, parameters, device)
-            return {name: part(tensor, parameters[name.partition(".")[2]]) for name, tensor in whole.items()}
         import torch
         import torch.distributed.checkpoint as dcp
 
-        reader, tensors = dcp.HuggingFaceStorageReader(self.out / state["parts"]), {}
+        # One process wrote a single file, which stands in the run's folder.
+        reader, tensors = dcp.HuggingFaceStorageReader(self.out / state.get("parts", "")), {}
         for name, stored in reader.read_metadata().state_dict_metadata.items():
-            like = parameters[name.partition(".")[2]] if stored.size else torch.zeros(())  # else a step count
+            like = parameters.get(name.partition(".")[2])
+            if like is None:
+                continue  # the model, beside the file of one process that was killed when it had written it
+            like = like if stored.size else torch.zeros(())  # a step count
             tensors[name] = torch.empty_like(like, requires_grad=False)
             if sum(chunk.sizes.numel() for chunk in stored.chunks) != tensors[name].numel():
-                raise KeyError(f"a part of {name} is missing in {self.out / state['parts']}")
+                raise KeyError(f"a part of {name} is missing in {reader.path}")
         # Every process knows what to read: nothing has to be planned together, which is what the warning is about.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)
