@@ -137,7 +137,9 @@ def run_stage():
         seeds = [training.derive_seed(args.seed, *purpose, b) for b in mine]
         ends = args.max_new_tokens, tokenizer.eos_token_id
         with distributed.unsharded(policy):
-            completions = sample(policy, [prompts[b] for b in mine], samples, *ends, args.temperature, seeds)
+            completions = (
+                sample(policy, [prompts[b] for b in mine], samples, *ends, args.temperature, seeds) if mine else []
+            )
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
         contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)

@@ -280,6 +280,8 @@ def save_model(lm: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer, f
     if hasattr(lm.config, "quantization_config"):
         del lm.config.quantization_config
     stops_at_eos(lm, tokenizer.eos_token_id)
+    if lm.config.tie_word_embeddings:  # gathered from several processes, the two are no longer one tensor
+        state.pop("lm_head.weight", None)
     lm.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
     # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.

@@ -17,7 +17,7 @@ def slow_steps():
     """Every forward pass takes a while, so that a signal comes in the middle of a step."""
     import time
 
-    import socratiq.models as policy
+    import socratiq.policy as policy
 
     original = policy.token_logprobs
 

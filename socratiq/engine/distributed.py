@@ -129,7 +129,7 @@ def shard(policy) -> None:
         return
     import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh("cuda" if torch.cuda.is_initialized() else "cpu", (world(),))
     # Under autocast a layer computes in bfloat16, so its weights travel in bfloat16 and its gradients are added in
@@ -138,7 +138,9 @@ def shard(policy) -> None:
     for lm in [policy.lm] + ([policy.frozen] if policy.frozen else []):
         for layer in lm.model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=mixed if policy.autocast else MixedPrecisionPolicy())
-    fully_shard(policy, mesh=mesh, reshard_after_forward=True)
+    # The heads run after `hidden`, which stands for the policy's forward: their weights stay whole until the backward.
+    fully_shard(policy, mesh=mesh, reshard_after_forward=False)
+    register_fsdp_forward_method(policy, "hidden")
     # FSDP warns of outputs changed in place, which would bypass its hooks. Nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for unit in _units(policy):
@@ -148,19 +150,18 @@ def shard(policy) -> None:
 
 def _units(policy) -> list:
     """The modules whose weights are gathered together; none with one process."""
-    return [module for module in policy.modules() if hasattr(module, "set_reshard_after_forward")]
+    return [module for module in policy.modules() if hasattr(module, "reshard")]
 
 
 @contextlib.contextmanager
 def unsharded(policy):
     """Inside, all weights are whole on every process, so that each can sample without waiting for the others."""
-    units = _units(policy)
-    for unit in units:
+    for unit in _units(policy):
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     yield
-    for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
+    for unit in _units(policy):
+        unit.set_reshard_after_forward(unit is not policy, recurse=False)
         unit.reshard()
 
 
@@ -191,6 +192,11 @@ class ShardedRun(Run):
 
     def _signal_of_any(self) -> int:
         return max(collect([self.asked_to_stop], world()))
+
+    def save(self, policy, optimizer, state: dict) -> None:
+        for unit in _units(policy):
+            unit.reshard()  # after an evaluation without a backward pass the heads are whole
+        super().save(policy, optimizer, state)
 
     def _write_checkpoint(self, tensors: dict, state: dict) -> None:
         if dist is None:
