@@ -30,10 +30,10 @@ from socratiq.run.errors import Stopped, UserError, bar, stop_now
 from socratiq.run.files import append_jsonl, atomic_write, lock, remove, replacing, sync, to_json
 
 # Arguments that do not change the result: the command that continues a run may differ in them.
-FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "skip_nonfinite", "grad_checkpoint"}
+FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "grad_checkpoint"}
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 # Removed when the run is finished. Parts of a checkpoint come after the file that counts on them.
-WORK = ("checkpoint.safetensors", "checkpoint-*", "best.safetensors", "reference.safetensors", "nonfinite")
+WORK = ("checkpoint.safetensors", "checkpoint-*")
 MODEL = ("config.json", "model*.safetensors*", "adapter")
 
 # Arguments that name a file or folder, and the files of such a folder that the result depends on.
@@ -73,7 +73,6 @@ class Run:
         self.arguments = {"stage": stage, **vars(args), "contents": contents}
         self.asked_to_stop = 0  # the signal
         self.in_step = False
-        self.skipped = 0  # updates skipped for a non-finite number
         self.finished = self._in_first(self._check_folder)
         if self.finished:
             print(f"{self.out} is finished already; --restart begins anew")
@@ -217,7 +216,6 @@ class Run:
         optimizer.load_state_dict(
             {**optimizer.state_dict(), "state": {n: known for n, known in moments.items() if known}}
         )
-        self.skipped = state["skipped"]
         print(f"continuing {self.out} after step {state['step']}")
         return state
 
@@ -262,7 +260,7 @@ class Run:
             tensors[f"weight.{name}"] = parameter.detach()
             for kind, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{kind}.{name}"] = value
-        self._write_checkpoint(tensors, {**state, "skipped": self.skipped})
+        self._write_checkpoint(tensors, state)
 
     def _write_checkpoint(self, tensors: dict, state: dict) -> None:
         from safetensors.torch import save_file
@@ -277,8 +275,6 @@ class Run:
     def finish(self, **summary) -> None:
         """The end: summary.json marks the run as finished, and files that only served the work are removed."""
         if self.writes:
-            if self.skipped:
-                summary["skipped"] = self.skipped
             atomic_write(self.out / "summary.json", json.dumps(_numbers(summary), indent=2) + "\n")
             self._remove_work()
 

@@ -90,8 +90,6 @@ def add_run_arguments(parser: Parser, out: str) -> None:
     add("--deterministic", action="store_true", help="same bytes again on a GPU too, slower (a CPU always does this)")
     add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
     add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")
-    skip = "skip up to N updates whose loss or gradient is not finite, instead of stopping at the first"
-    add("--skip-nonfinite", type=zero_or_more, default=0, metavar="N", help=skip)
 
 
 def add_model_arguments(parser: Parser, model: str) -> None:
@@ -109,7 +107,8 @@ def add_model_arguments(parser: Parser, model: str) -> None:
 
 def model_options(args) -> dict:
     """The arguments of `load_policy` beside model, device and dtype."""
-    return {name: getattr(args, name) for name in ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit")}
+    names = ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit", "plain")
+    return {name: getattr(args, name) for name in names}
 
 
 def check(condition: bool, message: str) -> None:
