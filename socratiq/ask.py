@@ -53,9 +53,7 @@ def parse_arguments(argv: list[str] | None = None):
     model.add_argument("--model", metavar="MODEL", help="default: runs/ppo, or the last stage that is finished")
     model.add_argument("--scorer", metavar="FOLDER", help="default: scorer beside the model; none does not rank")
     model.add_argument("--temperature", type=cli.not_negative, default=0.8, help="lower is safer, higher bolder")
-    model.add_argument(
-        "--seed", type=cli.zero_or_more, metavar="N", help="the same questions again; default: new ones"
-    )
+    model.add_argument("--seed", type=cli.zero_or_more, metavar="N", help="the same questions again; default: new ones")
     model.add_argument("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
     model.add_argument(
         "--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail"

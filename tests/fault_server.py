@@ -20,42 +20,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 QUESTIONS = {  # two of each type, in words that a scorer fitted on the sample rows mostly recognises
-    "Clarity": [
-        "What exactly do you mean by that word?",
-        "Could you explain what you mean by fair here?",
-    ],
-    "Assumptions": [
-        "Are you assuming that everybody wants the same?",
-        "Why do you take for granted that people would obey?",
-    ],
-    "Reasons and evidence": [
-        "What evidence do you have for this claim?",
-        "How do you know that this happens at all?",
-    ],
+    "Clarity": ["What exactly do you mean by that word?", "Could you explain what you mean by fair here?"],
+    "Assumptions": ["Are you assuming that everybody wants the same?", "Why take for granted that people would obey?"],
+    "Reasons and evidence": ["What evidence do you have for this claim?", "How do you know that this happens at all?"],
     "Implications and consequences": [
-        "What would happen to small towns if this were done?",
+        "What would happen to small towns then?",
         "What would follow if everybody did so?",
     ],
     "Alternate viewpoints and perspectives": [
-        "How would a teacher see this matter?",
-        "Could someone else look at this differently?",
+        "How would a teacher see this?",
+        "Could others look at this differently?",
     ],
-    "Cause to effect": [
-        "Could something else have caused the change?",
-        "Does the one really bring about the other?",
-    ],
+    "Cause to effect": ["Could something else have caused the change?", "Does the one really bring about the other?"],
     "Analogy": [
         "Are those two things really alike in this respect?",
-        "Where does the comparison with a ship break down?",
+        "Where does the comparison with ships break down?",
     ],
-    "Fear appeal": [
-        "How likely is the disaster that you warn of?",
-        "Would the harm really be as bad as you paint it?",
-    ],
-    "Expert opinion": [
-        "Is that doctor an expert in this very field?",
-        "Do other experts agree with the professor you quote?",
-    ],
+    "Fear appeal": ["How likely is the disaster that you warn of?", "Would the harm be as bad as you paint it?"],
+    "Expert opinion": ["Is that doctor an expert in this very field?", "Do other experts agree with your professor?"],
 }
 
 
@@ -159,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {"Retry-After": detail} if detail else {}
         if name == "ok":
             play.closing.wait(play.latency)
-            self.complete(body, play.answer(body))
+            self.send(200, completion(body, play.answer(body)))
         elif name in ERRORS:
             status, content = ERRORS[name]
             if name == "401":  # servers like to quote the key
@@ -181,39 +163,18 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)
             self.close_connection = True
-        elif name == "empty choices":
-            self.send(200, {**completion(body, ""), "choices": []})
-        elif name == "null choices":
-            self.send(200, {**completion(body, ""), "choices": None})
-        elif name == "empty content":
-            self.complete(body, "")
-        elif name == "null content":
-            self.complete(body, None)
-        elif name == "no usage":
-            self.send(200, {k: v for k, v in completion(body, play.answer(body)).items() if k != "usage"})
-        elif name == "cut off":
-            self.complete(body, "What would", finish="length")
-        elif name == "refusal":
-            self.complete(body, None, refusal="I cannot help with that.")
-        elif name == "content filter":
-            self.complete(body, "", finish="content_filter")
-        elif name == "invalid json":
-            self.send(200, b'{"id": "x", "object": "chat.completion", "choices": [{"mess')
-        elif name == "html":
-            self.send(200, b"<html>gateway</html>", {"Content-Type": "text/html"})
-        elif name == "json list":
-            self.send(200, [1, 2, 3])
-        elif name == "odd json":
-            self.send(200, {"object": "chat.completion", "choices": [{"message": {"content": {"a": 1}}}]})
+        elif name in ANSWERS:
+            text, finish, refusal = ANSWERS[name]
+            self.send(200, completion(body, text, finish, refusal))
+        elif name in BODIES:
+            good = completion(body, play.answer(body))
+            self.send(200, BODIES[name](good) if callable(BODIES[name]) else BODIES[name])
         elif name == "400 detail":  # as FastAPI words it
             self.send(400, {"detail": "Server is pinned to 'a'; requested 'b'."})
         elif name == "redirect":
             self.send(307, b"", {"Location": play.target + self.path})
         else:
             raise ValueError(f"no such fault: {fault}")
-
-    def complete(self, body: dict, text, finish: str = "stop", refusal=None) -> None:
-        self.send(200, completion(body, text, finish, refusal))
 
     def send(self, status: int, content, headers: dict | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -225,13 +186,14 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def error(message: str, type: str | None = None, code: str | None = None) -> dict:
-    return {"message": message, "type": type, "code": code}
+def error(message: str, type: str | None = None, code: str | int | None = None, param: str | None = None) -> dict:
+    return {"message": message, "type": type, "code": code, "param": param}
 
 
 ERRORS = {  # name -> status and the error object that servers send with it
     "400": (400, error("bad parameter", "invalid_request_error")),
     "too long": (400, error("too many tokens", "invalid_request_error", "context_length_exceeded")),
+    "max_tokens": (400, error("Unsupported parameter", "invalid_request_error", None, "max_tokens")),
     "400 content filter": (400, error("filtered", None, "content_filter")),
     "401": (401, error("", "invalid_request_error", "invalid_api_key")),
     "402": (402, error("Insufficient balance")),
@@ -244,10 +206,33 @@ ERRORS = {  # name -> status and the error object that servers send with it
 }
 
 
+ANSWERS = {  # name -> content, finish reason and refusal of an answer that holds no question
+    "empty content": ("", "stop", None),
+    "null content": (None, "stop", None),
+    "cut off": ("What would", "length", None),
+    "wordless": ("", "length", None),
+    "refusal": (None, "stop", "I cannot help with that."),
+    "content filter": ("", "content_filter", None),
+    "parts": ([{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Why is that so?"}], "stop", None),
+    "odd content": ({"a": 1}, "stop", None),
+}
+BODIES = {  # name -> what comes with status 200, or a function of the good body that makes it
+    "empty choices": lambda good: {**good, "choices": []},
+    "null choices": lambda good: {**good, "choices": None},
+    "no usage": lambda good: {name: value for name, value in good.items() if name != "usage"},
+    "invalid json": b'{"id": "x", "object": "chat.completion", "choices": [{"mess',
+    "html": b"<html>gateway</html>",
+    "json list": [1, 2, 3],
+    "200 busy": {"error": error("provider is busy", None, 429)},
+    "200 error": {"error": error("provider went away")},
+    "200 no credit": {"error": error("add credit first", None, 402)},
+}
+
+
 def completion(body: dict, text, finish: str = "stop", refusal=None) -> dict:
     """A chat completion as OpenAI's API words it; tokens are counted as words."""
     sent = sum(len(message["content"].split()) for message in body.get("messages", []))
-    back = len((text or "").split())
+    back = len(text.split()) if isinstance(text, str) else 0
     message = {"role": "assistant", "content": text, "refusal": refusal}
     return {
         "id": "chatcmpl-1",

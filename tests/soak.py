@@ -25,7 +25,7 @@ from fault_server import QUESTIONS, FaultServer, good_question
 from scripts import Scripts, told
 from test_resume import CASES, WHILE_AT_WORK, command, contents
 
-from socratiq.pairs.checks import digest
+from socratiq.pairs.answers import digest
 
 HOWS = ("before", "after", "line", "file", "time")
 
@@ -95,7 +95,7 @@ def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, i
 
     def start(server, out, concurrency, **how):
         arguments = ["make_pairs.py", "--data", folder / "rows.jsonl", "--scorer", folder / "scorer", "--out", out]
-        arguments += ["--base-url", server.url, "--timeout", "1", "--retry-delay", "0.01", "--policy", "runs/sft"]
+        arguments += ["--base-url", server.url, "--timeout", "1", "--policy", "runs/sft"]
         arguments += ["--concurrency", concurrency, "--scorer-model", "none"]
         return scripts.start(arguments, cwd=folder, env=environment, **how)
 

@@ -388,11 +388,11 @@ RUNS = [
     ),
     (
         [*PAIRING, "--out", "folder"],
-        "--out folder: a folder; give the name of a file in it, such as folder/pairs.jsonl",
+        "--out folder: a folder; give the name of a file in it, such as folder/pairs.jsonl (...)",
     ),
     (
         [*PAIRING, "--out", "two.jsonl"],
-        "--out two.jsonl: exists, and no two.answers.jsonl beside it says that it was made here; choose another",
+        "--out two.jsonl: no two.dropped.jsonl beside it says that it was made here; choose another",
     ),
 ]
 

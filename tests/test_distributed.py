@@ -15,12 +15,10 @@ from pathlib import Path
 import patches
 import pytest
 import torch
-from fault_server import FaultServer
 from safetensors.torch import load_file
 from scripts import told
 from test_resume import contents
 
-import make_pairs
 
 TOLERANCE = 1e-5
 COMMON = ("--model", "tiny", "--device", "cpu", "--dtype", "float32", "--held-out", "0.3", "--lr", 3e-4)
@@ -312,47 +310,3 @@ def exchange():
 
 def test_what_processes_tell_each_other_arrives_as_it_was(launch, tmp_path):
     finish(launch(2, ["train_sft.py"], tmp_path, patch="test_distributed:exchange"), expect=7)
-
-
-# --- make_pairs.py, whose processes never talk to each other --------------------------------------------------------
-
-
-def test_two_processes_make_the_pairs_of_one(launch, inputs, tmp_path, monkeypatch):
-    """Each makes a part in a file of its own; `cat` of the parts holds the lines of the whole."""
-
-    def answer(body):  # in the words of the data, so that the scorer recognises them
-        text = "\n".join(message["content"] for message in body["messages"])
-        subject = re.search(r"I think that (\w+) are good", text)[1]
-        analogy = re.search(r'of the type "([^"]+)"', text)[1] == "Analogy"
-        return f"Are {subject} really like clouds?" if analogy else f"What do you mean by good {subject}?"
-
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with FaultServer(answer=answer) as server:
-        asked = ("make_pairs.py", "--data", "{inputs}/rows.jsonl", "--scorer", "{inputs}/scorer", "--chosen-min", 0.2)
-        asked += ("--base-url", server.url, "--min-gap", 0, "--rejected-max", 0.2)
-        finish(launch(1, asked, tmp_path / "whole.jsonl"))
-        alone = len(server.requests)
-        (_, first, _), (_, second, _) = finish(launch(2, asked, tmp_path / "pairs.jsonl"))
-        assert len(server.requests) == 2 * alone, "no process does the work of another"
-    assert "\npart 1 of 2: 24 rows, " in first and "next, when all 2 shards are done" in first
-    assert second.startswith("part 2 of 2: 24 rows, ") and second.count("\n") == 1
-    parts = [(tmp_path / f"pairs.{part}of2.jsonl").read_text().splitlines() for part in (1, 2)]
-    whole = (tmp_path / "whole.jsonl").read_text().splitlines()
-    assert all(parts) and sorted(parts[0] + parts[1]) == sorted(whole)
-
-
-def test_make_pairs_takes_its_part_from_torchrun(monkeypatch, inputs, capsys):
-    for name, value in {"WORLD_SIZE": "4", "RANK": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    there = ["--scorer", str(inputs / "scorer")]
-    assert make_pairs.parse_arguments([*there, "--shard", "1/9"]).shard == (1, 9), "what is asked for counts"
-    args = make_pairs.parse_arguments([*there, "--out", "p.jsonl"])
-    assert args.shard == (3, 4) and args.out.name == "p.3of4.jsonl"
-    with pytest.raises(SystemExit):
-        make_pairs.parse_arguments(["--scorer", "gone"])
-    assert "--scorer gone: not there" in capsys.readouterr().err
-    # A GPU each, where there are any.
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert make_pairs.parse_arguments(there).device == "cuda:1"
-    assert make_pairs.parse_arguments([*there, "--device", "cpu"]).device == "cpu"

