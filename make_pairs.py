@@ -60,8 +60,8 @@ def parse_arguments(argv: list[str] | None = None):
     parser = cli.Parser(
         description="Make pairs of a chosen and a rejected question for train_dpo.py.",
         epilog="The texts leave this machine only with --api-model, --base-url or --writer openai. The server's key is "
-        "read from OPENAI_API_KEY, its address from --base-url or OPENAI_BASE_URL. Rows that carry a human verdict need no "
-        "writer.",
+        "read from OPENAI_API_KEY, its address from --base-url or OPENAI_BASE_URL. Rows that carry a human verdict need "
+        "none.",
     )
     strength = cli.number(float, least=0, most=1)
     add = parser.add_argument_group("in and out").add_argument

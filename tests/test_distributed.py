@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from scripts import told
 from test_resume import contents
 
-
 TOLERANCE = 1e-5
 COMMON = ("--model", "tiny", "--device", "cpu", "--dtype", "float32", "--held-out", "0.3", "--lr", 3e-4)
 

@@ -178,7 +178,7 @@ def test_human_verdicts_need_no_writer_no_scorer_and_no_model(tmp_path):
     """The file of the 2025 shared task on critical questions, read directly, by a process that never loads torch."""
     verdicts = ["Useful", "useful", "Unhelpful", "INVALID"]
     told = {
-        f"text {n}": {"intervention": f"Trams number {n} are loud, so nobody likes them.", "schemes": ["Cause to effect"],
+        f"text {n}": {"intervention": f"Trams number {n} are loud.", "schemes": ["Cause to effect"],
                       "cqs": [{"cq": f"Is question {i} good?", "label": said} for i, said in enumerate(verdicts)]}
         for n in range(10)
     }  # fmt: skip

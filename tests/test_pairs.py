@@ -381,7 +381,9 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, content):
 
 
 def test_one_run_at_a_time(tmp_path):
-    held = "from socratiq.pairs.answers import AnswerLog; log = AnswerLog('a.jsonl', 'm'); print('held', flush=True); input()"
+    held = (
+        "from socratiq.pairs.answers import AnswerLog as A; log = A('a.jsonl', 'm'); print('held', flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", held], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
