@@ -60,8 +60,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = cli.Parser(
         description="Make pairs of a chosen and a rejected question for train_dpo.py.",
         epilog="The texts leave this machine only with --api-model, --base-url or --writer openai. The server's key is "
-        "read from OPENAI_API_KEY, its address from --base-url or OPENAI_BASE_URL. Rows that carry a human verdict need "
-        "none.",
+        "read from OPENAI_API_KEY. Rows that carry a human verdict need no writer.",
     )
     strength = cli.number(float, least=0, most=1)
     add = parser.add_argument_group("in and out").add_argument
@@ -313,8 +312,7 @@ def open_writer(args):
 
     try:
         tokenizer = load_tokenizer(args.policy)
-        plain = {"plain": True} if args.plain else {}
-        policy = load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed, **plain)
+        policy = load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed, plain=args.plain)
     except UserError as error:
         raise UserError(str(error).replace("--model", "--policy")) from None
     print(f"writer: local, the model in {args.policy}; a server is asked only if an option names one", flush=True)
