@@ -1,16 +1,14 @@
-"""The report and the page of `ask --serve` in a real browser: headless Chromium, skipped where there is none."""
+"""The report in a real browser: headless Chromium, skipped where there is none."""
 
 import json
 import os
 import shutil
 import subprocess
-import threading
 import time
 
 import pytest
 from test_report import evaluation, every_metric, make_run, write
 
-from socratiq import ask, serve
 from socratiq.report import page as report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -150,34 +148,3 @@ def test_what_the_reader_opened_stays_open_when_the_page_renews_itself(browser, 
     browser.wait("window.before === undefined && document.readyState == 'complete' && scrollY > 0")
     assert browser.run("[...document.querySelectorAll('details')].map(fold => fold.open)")[:2] == [False, True]
     assert browser.complaints() == []
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_a_text_is_pasted_and_questions_appear(browser, inputs, width):
-    from socratiq.evaluation.questions import Asker
-
-    asker = Asker("tiny", str(inputs / "scorer"), dtype="float32")
-    with serve.Server(asker, ask.parse_arguments(["--serve", "0", "--max-new-tokens", "6"])) as running:
-        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-        browser.open(f"http://127.0.0.1:{running.server_address[1]}/", width)
-        browser.wait("!document.querySelector('#go').disabled")
-        assert browser.run("document.querySelectorAll('#types input').length") == len(asker.scorer.types)
-        for text, said in (("", "Paste a text first"), ("a".ljust(30_000, "b"), "30,000 characters; at most 20,000")):
-            browser.run(f"document.querySelector('#text').value = {json.dumps(text)}")
-            browser.run("document.querySelector('#go').click()")
-            assert said in browser.run("document.querySelector('#note.bad').textContent")
-        browser.run("document.querySelector('#text').value = ''")
-        browser.run("document.querySelector('#text').focus()")
-        browser.call("Input.insertText", text='Dogs are good. <img src=x onerror="document.title = 1">')
-        browser.run("document.querySelector('#types input').click()")
-        browser.run("document.querySelector('#go').click()")
-        browser.wait(
-            "document.querySelector('#results').innerText.trim().length > 0 && !document.querySelector('#go').disabled"
-        )
-        assert browser.run(FITS)
-        assert (
-            browser.run("document.title") != "1"
-            and browser.run("document.querySelectorAll('#results img').length") == 0
-        )
-        assert browser.complaints() == []
-        running.shutdown()
