@@ -186,8 +186,9 @@ def run_stage():
         training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, where, names)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
         equal = (raw_scores == raw_scores[:, :1]).all(-1)  # (B,) prompts from which RLOO learns nothing
-        if (raw_scores == raw_scores[0, 0]).all() and raw_scores.numel() > 1:
-            warn(f"{where}: every reward is {raw_scores[0, 0].item():g}, so there is nothing to learn but the KL")
+        if (raw_scores == raw_scores[0, 0]).all() and not state.get("warned"):
+            state["warned"] = True
+            warn(f"{where}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
 
         # 4. Log-probs of policy and reference, values.
         old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}

