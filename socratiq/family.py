@@ -41,27 +41,25 @@ def largest_difference(policy: Policy) -> float:
     """The largest difference of any token's log-prob, in nats."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = policy.lm.get_input_embeddings().num_embeddings
-    lengths = [3, 4, 3, 4, 5, 2, 3]  # common start, the rest of two prompts, two completions of each
+    lengths = [2, 1, 2, 2, 3]  # common start, the rest of two prompts, and a completion of each
     start, *parts = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in lengths)
-    prompts, completions = [start + parts[0], start + parts[1]], [parts[2:4], parts[4:6]]
-    batch = make_batch(prompts, completions).to(policy.device)
-    logprobs = token_logprobs(policy, batch)["logprobs"]  # (2, 2, C)
+    prompts = [start + parts[0], start + parts[1]]
+    greedy = [row[0] for row in sample(policy, prompts, 1, NEW_TOKENS, eos_id=-1, temperature=0)]
+    completions = [[greedy[0], parts[2]], [greedy[1], parts[3]]]
+    logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]  # (2, 2, C)
     trained = list(policy.trainable().values())
     if trained:  # some families fail in the backward pass only
         torch.autograd.grad(logprobs.sum(), trained[:1], allow_unused=True)
-    sampled = sample(policy, prompts, 1, NEW_TOKENS, eos_id=-1, temperature=0)
-    implementation = policy.lm.config._attn_implementation
+    implementation, found = policy.lm.config._attn_implementation, []
     policy.lm.set_attn_implementation("eager")
     try:
-        found = []
         for b, prompt in enumerate(prompts):
             for k, completion in enumerate(completions[b]):
-                own = own_logprobs(policy, prompt, completion)
-                own = own.gather(1, torch.tensor(completion, device=own.device)[:, None])[:, 0]
-                found.append((own - logprobs[b, k, : len(completion)]).abs().max().item())
-            own = own_logprobs(policy, prompt, sampled[b][0])  # the most likely token is the one that was drawn
-            drawn = own.gather(1, torch.tensor(sampled[b][0], device=own.device)[:, None])[:, 0]
-            found.append((own.max(-1).values - drawn).max().item())
+                own = own_logprobs(policy, prompt, completion)  # (T, V)
+                of_tokens = own.gather(1, torch.tensor(completion, device=own.device)[:, None])[:, 0]
+                found.append((of_tokens - logprobs[b, k, : len(completion)]).abs().max().item())
+                if k == 0:  # no token is likelier than the one that the sampler drew
+                    found.append((own.max(-1).values - of_tokens).max().item())
     finally:
         policy.lm.set_attn_implementation(implementation)
     return max(found)

@@ -39,19 +39,19 @@ class LoRALinear(nn.Module):
         return y + self.scale * F.linear(F.linear(x.to(y.dtype), A), B)
 
 
-def add_lora(lm: nn.Module, rank: int, alpha: float | None = None) -> int:
+def add_lora(lm: nn.Module, rank: int, alpha: float | None = None) -> list[str]:
     """Freeze a causal language model and put an adapter on every linear module of its layers, routers excepted.
 
-    As PEFT's target "all-linear". `alpha` is 2 * rank if not given. Returns the number of adapters.
+    As PEFT's target "all-linear". `alpha` is 2 * rank if not given. Returns the names of the large weights of a layer
+    that get none, such as the fused experts of a mixture.
     """
     lm.requires_grad_(False)
-    count = 0
     for parent in list(lm.model.layers.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name not in ROUTERS:
                 setattr(parent, name, LoRALinear(child, rank, 2.0 * rank if alpha is None else alpha))
-                count += 1
-    return count
+    matrices = {name.split(".", 1)[1] for name, weight in lm.model.layers.named_parameters() if weight.ndim > 1}
+    return sorted(name for name in matrices if "lora_" not in name and not name.endswith(".base.weight"))
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:

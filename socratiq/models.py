@@ -90,7 +90,9 @@ def load_policy(
             raise UserError(
                 f"--lora-rank {lora_rank}: above the model's width of {lm.config.hidden_size}; 8 to 64 are usual"
             )
-        lora.add_lora(lm, lora_rank)
+        without = lora.add_lora(lm, lora_rank)
+        names = f"; without: {', '.join(without)}" if without else ""
+        print(f"adapters on {sum(1 for _ in lora.adapters(lm))} linear layers{names}")
     if grad_checkpoint:
         checkpoint_layers(lm)
     policy = Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
