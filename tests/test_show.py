@@ -1,5 +1,6 @@
 """python -m socratiq.show: its numbers are the identities that it teaches, and its columns stand under each other."""
 
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,8 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def pages():
     """Every stage on the tiny model, printed once."""
-    command = [sys.executable, "-m", "socratiq.show", "--model", "tiny", "--width", "120", "--scorer", "no/such/folder"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "socratiq.show", "--model", "tiny", "--scorer", "no/such/folder"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0, done.stderr
     head, *stages = re.split(r"\n\n\n(?=\w+: K = )", done.stdout)
     return head, dict(zip(("sft", "dpo", "ppo"), stages, strict=True))
@@ -90,20 +91,45 @@ def test_ppo_rewards_and_advantages_add_up(pages):
         assert ("cut off" in sample) != ("ends in EOS" in sample)
 
 
-def test_colours_on_request_only(capsys, monkeypatch):
+def test_ppo_prints_the_reward_of_the_saved_scorer(inputs, capsys, monkeypatch):
+    from socratiq.scorer.reward import load_scorer
+
+    argv = [
+        "show",
+        "--stage",
+        "ppo",
+        "--model",
+        "tiny",
+        "--max-new-tokens",
+        "5",
+        "--scorer",
+        str(inputs / "deep_scorer"),
+    ]
+    monkeypatch.setattr("sys.argv", [*argv, "--data", str(inputs / "rows.jsonl")])
+    show.run()
+    page = capsys.readouterr().out
+    text, kind = re.search(r"text +(.+)\ntype +(.+)", page).groups()
+    scorer = load_scorer(inputs / "deep_scorer", dtype="float32")  # with the language model that it was fitted with
+    for asked, paid in re.findall(r"sample \d: (.*)\nthe scorer's reward (\S+),", page):
+        assert float(paid) == pytest.approx(scorer.reward([text], [asked], [kind]).item(), abs=0.001)
+
+
+def test_colours_on_a_terminal_only(capsys, monkeypatch):
     table = {"token": ["a", "b"], "mask": ["", "1"]}
-    show.Page(40, "always").table(["prompt", "eos"], table)
-    assert "\033[36m  a\033[0m" in capsys.readouterr().out
-    show.Page(40, "auto").table(["prompt", "eos"], table)
+    show.print_table(["prompt", "eos"], table)
     assert "\033" not in capsys.readouterr().out
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    show.print_table(["prompt", "eos"], table)
+    assert "\033[36m  a\033[0m" in capsys.readouterr().out
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not show.Page(40, "auto").color
+    show.print_table(["prompt", "eos"], table)
+    assert "\033" not in capsys.readouterr().out
 
 
-def test_wraps_to_the_width(capsys):
+def test_wraps_to_the_width(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
     kinds, cells = ["completion"] * 50, [str(i) for i in range(50)]
-    show.Page(40, "never").table(kinds, {"token": cells})
+    show.print_table(kinds, {"token": cells})
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 40
     assert [cell for line in lines for cell in line.split()[1:]] == cells
@@ -111,9 +137,9 @@ def test_wraps_to_the_width(capsys):
 
 def test_picks_the_shortest_text_with_two_types():
     rows = [Row("a long text", "1?", "Analogy", "")] + [Row("text", f"{t}?", t, "") for t in ("Clarity", "Analogy")]
-    assert [row.type for row in show.pick_text(rows, "x.csv")] == ["Clarity", "Analogy"]
+    assert [row.type for row in show.pick_rows(rows, "x.csv")] == ["Clarity", "Analogy"]
     with pytest.raises(UserError, match=r"--data x.csv: no text has questions of two types"):
-        show.pick_text(rows[:2], "x.csv")
+        show.pick_rows(rows[:2], "x.csv")
 
 
 def test_help_answers_without_loading_torch():
