@@ -4,7 +4,6 @@ import fnmatch
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from socratiq.report.metrics import METRICS
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"sft": "train_sft.py", "dpo": "train_dpo.py", "ppo": "train_ppo.py"}
@@ -42,17 +43,15 @@ def metrics(folder):
 
 
 def documented(stage):
-    """The names that README's table of metrics has for a stage, such as "loss" and "reward/*"."""
-    table = (ROOT / "README.md").read_text().split("## Every logged metric")[1].split("\n## ")[0]
-    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]
-    mine = [names for names, stages, *_ in rows if stages == "all" or stage.upper() in stages]
-    return {name for names in mine for name in re.findall("`(.*?)`", names)}
+    """The names that the table of metrics has for a stage, such as "loss" and "reward/*"."""
+    return {name for row in METRICS if stage in row.stages.split() for name in row.names.split()}
 
 
 def check_metrics(out, *missing):
-    """What the three stages logged is what the README explains, but for names that this run had no use for."""
+    """The table of metrics explains what the stages logged, and no more but for names that this run had no use for."""
     for stage in STAGES:
-        logged = {name for line in metrics(out / stage) for name in line} - {"step"}
+        lines = "".join((out / stage / f"{name}.jsonl").read_text() for name in ("metrics", "timings")).splitlines()
+        logged = {name for line in lines for name in json.loads(line)} - {"step"}
         explained = documented(stage)
         assert [name for name in logged if not any(fnmatch.fnmatch(name, known) for known in explained)] == [], stage
         assert [known for known in explained - {*missing} if not fnmatch.filter(logged, known)] == [], stage
