@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
 from pathlib import Path
 
 from socratiq.evaluation.table import FIGURES, samples, tables
@@ -29,7 +28,7 @@ STAGES = ("base", "sft", "dpo", "ppo")
 
 def parse_arguments(argv: list[str] | None = None):
     parser = options.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
-    parser.add_argument("runs", nargs="?", default="runs", help="folder that holds sft, dpo, ppo and scorer")
+    parser.add_argument("runs", nargs="?", default="runs", help="folder that holds sft, dpo, ppo, scorer")
     add = parser.add_argument_group("models; one that is not there is left out, and so is one named none").add_argument
     add("--base", metavar="MODEL", help="default: the model that SFT began with, else smollm2")
     for stage in STAGES[1:]:
@@ -51,9 +50,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--judge-api", metavar="NAME", help="model that grades every question; costs money")
     add("--base-url", metavar="URL", help="address, such as http://localhost:8000/v1")
     add("--max-requests", type=options.count, metavar="N", help="stop after so many requests, earlier runs' included")
-    add("--concurrency", type=options.count, default=8, metavar="N", help="requests under way at once")
     add = parser.add_argument_group("out").add_argument
-    add("--out", metavar="FILE", help="default: evaluation.json in the folder of runs; nothing else is written")
+    add("--out", metavar="FILE", help="default: evaluation.json in that folder; grades are kept beside it")
     args = parser.parse_args(argv)
     for name in (*STAGES[1:], "scorer"):
         if getattr(args, name) is None:
@@ -125,7 +123,6 @@ def open_scorer(args, types: list[str], contexts: list[str]):
 
 
 def run(argv: list[str] | None = None) -> None:
-    started = time.perf_counter()
     args = parse_arguments(argv)
     fill_in(args)
     models, left_out = find_models(args)
@@ -135,7 +132,6 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.evaluation.asking import ask_models, ask_people, choose_tasks
     from socratiq.evaluation.judge import Judge
     from socratiq.scorer.grading import rows_to_learn_from
-    from socratiq.taxonomy import TYPES
     from socratiq.training import generator
 
     # 1. Held-out texts, a judge fitted on other ones, and the scorer of DPO and PPO.
@@ -143,16 +139,14 @@ def run(argv: list[str] | None = None) -> None:
     _, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     options.check(bool(held_out_rows), f"{args.data}: no text is held out; raise --held-out or give more texts")
     judge = Judge.fit(rows_to_learn_from(rows, args.held_out, args.seed)[0])
-    order = [kind.name for kind in TYPES]
-    types = sorted(judge.types, key=lambda name: (order.index(name) if name in order else len(order), name))
-    tasks = choose_tasks(held_out_rows, types, args.limit, args.seed)
+    tasks = choose_tasks(held_out_rows, judge.types, args.limit, args.seed)
     contexts = list(dict.fromkeys(task.context for task in tasks))
-    scorer, reasons = open_scorer(args, types, contexts)
+    scorer, reasons = open_scorer(args, judge.types, contexts)
     classifiers = {"judge": judge, "scorer": scorer} if scorer else {"judge": judge}
     left_out += reasons
     for reason in left_out:
         print(f"left out: {reason}")
-    print(f"{len(contexts)} held-out texts of {args.data}, {len(types)} types, {len(models)} models", flush=True)
+    print(f"{len(contexts)} held-out texts of {args.data}, {len(judge.types)} types, {len(models)} models", flush=True)
 
     # 2. People have asked already; the models ask, one after the other. The base model reads all questions.
     people = ask_people(held_out_rows, tasks)
@@ -173,7 +167,7 @@ def run(argv: list[str] | None = None) -> None:
     sums = {stage: figures.sums_by_text(of_stage, size) for stage, of_stage in records.items()}
     stages = {}
     for stage in ("human", *models) if people else models:
-        by_type = {name: [record for record in records[stage] if record["type"] == name] for name in types}
+        by_type = {name: [record for record in records[stage] if record["type"] == name] for name in judge.types}
         by_type = {name: figures.sums_by_text(some, size) for name, some in by_type.items() if some}
         stages[stage] = {
             "model": models.get(stage, "people"),
@@ -187,15 +181,14 @@ def run(argv: list[str] | None = None) -> None:
         "classifiers": list(classifiers),
         "left_out": left_out,
         "meanings": {name: figure._asdict() for name, figure in FIGURES.items()},
-        "types": types,
+        "types": judge.types,
         "contexts": contexts,
         "steps": {f"{a} -> {b}": figures.change(sums[a], sums[b], weights) for a, b in steps},
         "stages": stages,
     }
     atomic_write(args.out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     print(f"\n{tables(result)}\n\n{samples(result)}")
-    took = time.perf_counter() - started
-    print(f"\n{took:.0f} s; all questions are in {args.out}. Next: python -m socratiq.report {args.runs}")
+    print(f"\nAll questions are in {args.out}. Next: python -m socratiq.report {args.runs}")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def test_reading_all_questions_of_a_task_at_once_is_reading_one_by_one(tiny):
 
 
 def grading(url, tmp_path, **changed):
-    settings = {"judge_api": "m", "base_url": url, "max_requests": None, "concurrency": 2, "out": tmp_path / "e.json"}
+    settings = {"judge_api": "m", "base_url": url, "max_requests": None, "out": tmp_path / "e.json"}
     return types.SimpleNamespace(**(settings | changed))
 
 

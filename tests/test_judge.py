@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from socratiq.data import Row
-from socratiq.evaluation.judge import BUCKETS, RIDGE, Judge, buckets, calibrate, ridge
+from socratiq.evaluation.judge import BUCKETS, RIDGE, Judge, buckets, ridge
 from socratiq.run.errors import UserError
 
 CUES = {
@@ -51,14 +51,6 @@ def test_leave_one_out_predictions_are_those_of_a_fit_without_the_row():
         weight = torch.linalg.solve(x[rest].T @ x[rest] + RIDGE * torch.eye(4), x[rest].T @ y[rest])
         torch.testing.assert_close(x[i] @ weight, unseen[i])
         torch.testing.assert_close(ridge(x[rest], y[rest])[0], weight)
-
-
-def test_calibration_turns_scores_into_shares():
-    scores = torch.tensor([[0.0], [0.0], [0.0], [0.0], [1.0], [1.0], [1.0], [1.0]])
-    target = torch.tensor([[1.0], [0.0], [0.0], [0.0], [1.0], [1.0], [1.0], [0.0]])
-    slope, bias = calibrate(scores, target)
-    found = torch.sigmoid(scores * slope + bias)
-    torch.testing.assert_close(found[[0, 4], 0], torch.tensor([0.25, 0.75]), atol=5e-3, rtol=0)
 
 
 def test_the_judge_reads_characters_and_places():

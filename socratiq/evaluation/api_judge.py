@@ -1,7 +1,7 @@
 """Grades by an API model, from 1 to 5, by a rubric: an opinion from outside the project about every question.
 
-Every answer is on the disk before the next one is used, so that a killed run pays for nothing twice. Questions that two
-stages share are paid for once.
+Every answer is on the disk before the next one is used, so a killed run pays for nothing twice. A question that two
+stages share is paid for once.
 """
 
 import json
@@ -27,8 +27,8 @@ RUBRIC = (
 )
 
 
-def grade_request(context: str, record: dict):
-    """What is sent for one question."""
+def grade_request(context: str, record: dict) -> Request:
+    """The request for the grades of one question."""
     asked = f"{record['type']}. {definition(record['type'])}".strip()
     content = f"Asked type: {asked}\n\nText:\n{context[:MAX_CONTEXT_CHARS]}\n\nQuestion:\n{record['question'][:2000]}"
     messages = [{"role": "system", "content": RUBRIC}, {"role": "user", "content": content}]
@@ -36,7 +36,7 @@ def grade_request(context: str, record: dict):
 
 
 def read_grades(answer: str) -> dict[str, int] | None:
-    """{"type": 4, "relevance": 5, "quality": 3} from what the model said; None if that is not there."""
+    """{"type": 4, "relevance": 5, "quality": 3} from a model's answer; None if it holds no grades."""
     found = re.search(r"\{[^{}]*\}", answer)
     try:
         grades = json.loads(found[0]) if found else {}
@@ -54,7 +54,7 @@ def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], args) ->
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key or args.base_url or os.environ.get("OPENAI_BASE_URL")):
         raise UserError("--judge-api: set OPENAI_API_KEY, or give --base-url of a server that wants no key")
-    writer = OpenAIWriter(args.judge_api, args.base_url, key, concurrency=args.concurrency)
+    writer = OpenAIWriter(args.judge_api, args.base_url, key)
     log = AnswerLog(Path(args.out).with_suffix(".grades.jsonl"), args.judge_api, max_requests=args.max_requests)
     requests = {}  # the request of each record, one for equal ones
     for records in records_by_stage.values():
@@ -69,11 +69,9 @@ def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], args) ->
     for request, records in requests.values():
         answer = log.get(request)
         grades = read_grades(answer.text) if answer else None
-        ungraded += len(records) if grades is None else 0
+        ungraded += 0 if grades else len(records)
         for record in records if grades else ():
             record["grades"] = grades
     if ungraded:
-        warn(
-            f"{ungraded} questions have no grade"
-            + (f" ({next(iter(problems.values()))}); the same command asks again" if problems else "")
-        )
+        why = f" ({next(iter(problems.values()))}); the same command asks again" if problems else ""
+        warn(f"{ungraded} questions have no grade{why}")

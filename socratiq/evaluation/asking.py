@@ -67,8 +67,9 @@ def ask(policy, tokenizer, tasks: list[Task], args, title: str) -> list[dict]:
         some = tasks[start : start + at_once]
         prompts = [encode_prompt(tokenizer, task.context, task.type, args.max_prompt_tokens) for task in some]
         seeds = [derive_seed(args.seed, "ask", task.context, task.type) for task in some]
-        options = {"temperature": args.temperature, "seeds": seeds}
-        completions = sample(policy, prompts, args.samples_per_prompt, args.max_new_tokens, eos, **options)
+        completions = sample(
+            policy, prompts, args.samples_per_prompt, args.max_new_tokens, eos, args.temperature, seeds
+        )
         for task, row in zip(some, completions, strict=True):
             for ids in row:
                 question = {"question": decode(tokenizer, ids), "eos": ids[-1] == eos}

@@ -105,8 +105,5 @@ def rounded(x: float) -> float | None:
 
 def repetition(records: list[dict]) -> dict[str, dict]:
     """Figures about all questions together. No interval: a text drawn twice would look like a model that repeats."""
-    questions = [record["question"] for record in records]
-    return {
-        "distinct_2": entry(torch.tensor([measures.distinct_2(questions)])),
-        "duplicates": entry(torch.tensor([measures.duplicates(questions)])),
-    }
+    questions, counted = [record["question"] for record in records], (measures.distinct_2, measures.duplicates)
+    return {count.__name__: entry(torch.tensor([count(questions)])) for count in counted}

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import re
 import zlib
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from socratiq.run.errors import UserError
+from socratiq.scorer.ngrams import minimise
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
 BUCKETS = 2**14
@@ -25,11 +27,14 @@ RIDGE = 0.3  # weight of |w|^2 against the squared errors
 MAX_ROWS = 4000  # the fit inverts a matrix of rows x rows
 
 
-class Judge:
+class Judge(NamedTuple):
     """Strengths of question types, by `Judge.fit(rows)`."""
 
-    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor]):
-        self.types, self.tensors = types, tensors
+    types: list[str]
+    weight: torch.Tensor  # (BUCKETS, T)
+    rarity: torch.Tensor  # (BUCKETS,): log of rows / rows with the feature
+    slope: torch.Tensor  # (T,) and
+    bias: torch.Tensor  # (T,): from scores to probabilities
 
     @classmethod
     def fit(cls, rows) -> Judge:
@@ -53,20 +58,20 @@ class Judge:
         x = F.normalize(present * rarity)  # (N, BUCKETS), rows of length 1: long questions weigh no more
         target = torch.tensor([[float(row.type == name) for name in types] for row in rows])  # (N, T)
         weight, unseen = ridge(x, target - target.mean(0))
-        slope, bias = calibrate(unseen, target)
-        return cls(types, {"weight": weight, "rarity": rarity, "slope": slope, "bias": bias})
+        slope, bias = torch.zeros(len(types)), torch.zeros(len(types))
+        minimise(lambda: unseen * slope + bias, [slope, bias], target, 1e-4)  # Platt 1999, for each type
+        return cls(types, weight, rarity, slope, bias)
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how likely each question is of each type.
 
         The contexts, which the scorer wants, play no part.
         """
-        rarity, weight = self.tensors["rarity"], self.tensors["weight"]
         score = torch.zeros(len(questions), len(self.types))
         for i, question in enumerate(questions):
             found = buckets(question)
-            score[i] = rarity[found] @ weight[found] / rarity[found].norm().clamp(min=1e-9)
-        return torch.sigmoid(score * self.tensors["slope"] + self.tensors["bias"])
+            score[i] = self.rarity[found] @ self.weight[found] / self.rarity[found].norm().clamp(min=1e-9)
+        return torch.sigmoid(score * self.slope + self.bias)
 
 
 def buckets(question: str) -> list[int]:
@@ -88,18 +93,3 @@ def ridge(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     inverse = torch.linalg.inv(x @ x.T + RIDGE * torch.eye(len(x)))
     dual = inverse @ y
     return x.T @ dual, y - dual / inverse.diagonal()[:, None]
-
-
-def calibrate(scores: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and bias (T,) of a logistic regression for each type (Platt 1999). scores and target (N, T)."""
-    slope, bias = (torch.zeros(scores.shape[1], requires_grad=True) for _ in range(2))
-    optimizer = torch.optim.LBFGS([slope, bias], max_iter=60, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = F.binary_cross_entropy_with_logits(scores * slope + bias, target) + 5e-5 * slope.square().mean()
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    return slope.detach(), bias.detach()
