@@ -24,16 +24,19 @@ from socratiq.run.errors import UserError, bar, main, warn
 from socratiq.run.files import atomic_write
 
 STAGES = ("base", "sft", "dpo", "ppo")
+MADE_BY = {"sft": "train_sft.py", "dpo": "train_dpo.py", "ppo": "train_ppo.py", "scorer": "make_pairs.py"}
 
 
 def parse_arguments(argv: list[str] | None = None):
     parser = options.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
     parser.add_argument("runs", nargs="?", default="runs", help="folder that holds sft, dpo, ppo, scorer")
+    parser.add_argument(
+        "--out", metavar="FILE", help="default: evaluation.json in that folder; grades are kept beside it"
+    )
     add = parser.add_argument_group("models; one that is not there is left out, and so is one named none").add_argument
     add("--base", metavar="MODEL", help="default: the model that SFT began with, else smollm2")
-    for stage in STAGES[1:]:
-        add(f"--{stage}", metavar="MODEL", help=f"default: {stage} in that folder")
-    add("--scorer", metavar="FOLDER", help="default: scorer in that folder")
+    for name in MADE_BY:
+        add(f"--{name}", metavar="FOLDER", help=f"default: {name} in that folder")
     add = parser.add_argument_group("texts; default: as --sft was trained").add_argument
     add("--data", type=options.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
     add("--held-out", type=options.fraction, metavar="SHARE", help="share of the texts held out")
@@ -50,10 +53,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--judge-api", metavar="NAME", help="model that grades every question; costs money")
     add("--base-url", metavar="URL", help="address, such as http://localhost:8000/v1")
     add("--max-requests", type=options.count, metavar="N", help="stop after so many requests, earlier runs' included")
-    add = parser.add_argument_group("out").add_argument
-    add("--out", metavar="FILE", help="default: evaluation.json in that folder; grades are kept beside it")
     args = parser.parse_args(argv)
-    for name in (*STAGES[1:], "scorer"):
+    for name in MADE_BY:
         if getattr(args, name) is None:
             setattr(args, name, str(Path(args.runs, name)))
     args.out = args.out or str(Path(args.runs, "evaluation.json"))
@@ -80,43 +81,34 @@ def fill_in(args) -> None:
             setattr(args, name, before.get("model" if name == "base" else name, default))
     for stage in STAGES[1:]:
         trained = vars(args) | training_arguments(getattr(args, stage))
-        other_split = (trained["held_out"], trained["seed"]) != (args.held_out, args.seed)
-        if trained["data"] == args.data and other_split:
+        if trained["data"] == args.data and (trained["held_out"], trained["seed"]) != (args.held_out, args.seed):
             warn(f"--{stage} was trained with another --held-out or --seed and may have seen these texts")
 
 
-def find_models(args) -> tuple[dict[str, str], list[str]]:
-    """Models by stage, and a line for each stage that is left out."""
-    models, left_out = {}, []
-    for stage in STAGES:
-        name = getattr(args, stage)
-        if name == "none":
-            left_out.append(f"{stage}: not asked for")
-        elif name == str(Path(args.runs, stage)) and not Path(name, "config.json").exists():
-            left_out.append(f"{stage}: {name} holds no finished model")
+def find_parts(args) -> tuple[dict[str, str], list[str]]:
+    """The models by stage and the scorer, and a line for each that is left out."""
+    found, left_out = {}, []
+    for name in ("base", *MADE_BY):
+        folder = getattr(args, name)
+        if folder == "none":
+            left_out.append(f"{name}: not asked for")
+        elif folder == str(Path(args.runs, name)) and not list(Path(folder).glob("*.safetensors")):
+            left_out.append(f"{name}: {folder} is not there or not finished; {MADE_BY[name]} makes it")
         else:
-            models[stage] = name
-    options.check(bool(models), "no model to evaluate; name one with --base, --sft, --dpo or --ppo")
-    return models, left_out
+            found[name] = folder
+    return found, left_out
 
 
 def open_scorer(args, types: list[str], contexts: list[str]):
-    """The saved scorer, or why its figures are left out.
-
-    Raises UserError if it has learnt from a text that is to be graded, or does not know a type.
-    """
+    """The saved scorer. Raises UserError if it has learnt from a text that is to be graded, or does not know a type."""
     from socratiq.scorer.fit import check_unseen
     from socratiq.scorer.reward import load_scorer
 
-    if args.scorer == "none":
-        return None, ["scorer: not asked for"]
-    if args.scorer == str(Path(args.runs, "scorer")) and not Path(args.scorer).exists():
-        return None, [f"scorer: {args.scorer} is not there, make_pairs.py fits it; figures of the scorer are missing"]
     scorer = load_scorer(args.scorer, args.device, args.dtype)
     check_unseen("scorer", args, scorer.settings.get("texts"), contexts, scorer.settings.get("model", "none"))
     missing = [name for name in types if name not in scorer.types]
     options.check(not missing, f"--scorer {args.scorer} does not know {missing} of {args.data}; name another, or none")
-    return scorer, []
+    return scorer
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -125,12 +117,16 @@ def open_scorer(args, types: list[str], contexts: list[str]):
 def run(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     fill_in(args)
-    models, left_out = find_models(args)
+    models, left_out = find_parts(args)
+    with_scorer = models.pop("scorer", None)
+    options.check(bool(models), "no model to evaluate; name one with --base, --sft, --dpo or --ppo")
 
     from socratiq.data import load_rows, split_by_context
     from socratiq.evaluation import figures
+    from socratiq.evaluation.api_judge import grade
     from socratiq.evaluation.asking import ask_models, ask_people, choose_tasks
     from socratiq.evaluation.judge import Judge
+    from socratiq.evaluation.measures import measure
     from socratiq.scorer.grading import rows_to_learn_from
     from socratiq.training import generator
 
@@ -141,9 +137,9 @@ def run(argv: list[str] | None = None) -> None:
     judge = Judge.fit(rows_to_learn_from(rows, args.held_out, args.seed)[0])
     tasks = choose_tasks(held_out_rows, judge.types, args.limit, args.seed)
     contexts = list(dict.fromkeys(task.context for task in tasks))
-    scorer, reasons = open_scorer(args, judge.types, contexts)
-    classifiers = {"judge": judge, "scorer": scorer} if scorer else {"judge": judge}
-    left_out += reasons
+    classifiers = {"judge": judge}
+    if with_scorer:
+        classifiers["scorer"] = open_scorer(args, judge.types, contexts)
     for reason in left_out:
         print(f"left out: {reason}")
     print(f"{len(contexts)} held-out texts of {args.data}, {len(judge.types)} types, {len(models)} models", flush=True)
@@ -155,24 +151,19 @@ def run(argv: list[str] | None = None) -> None:
 
     # 3. Measure each question.
     for of_stage in bar(records.values(), desc="measuring"):
-        figures.measure(of_stage, contexts, classifiers)
+        measure(of_stage, contexts, classifiers)
     if args.judge_api:
-        from socratiq.evaluation.api_judge import grade
-
         grade(records, contexts, args)
 
     # 4. Figures with intervals, for each stage, for each of its types, and for the change from one stage to the next.
-    size = len(contexts)
-    weights = figures.draws(size, generator(args.seed, "bootstrap"))
-    sums = {stage: figures.sums_by_text(of_stage, size) for stage, of_stage in records.items()}
+    weights = figures.draws(len(contexts), generator(args.seed, "bootstrap"))
     stages = {}
     for stage in ("human", *models) if people else models:
         by_type = {name: [record for record in records[stage] if record["type"] == name] for name in judge.types}
-        by_type = {name: figures.sums_by_text(some, size) for name, some in by_type.items() if some}
         stages[stage] = {
             "model": models.get(stage, "people"),
-            "figures": figures.figures_of(sums[stage], weights) | figures.repetition(records[stage]),
-            "by_type": {name: figures.figures_of(some, weights) for name, some in by_type.items()},
+            "figures": figures.figures_of(records[stage], weights) | figures.repetition(records[stage]),
+            "by_type": {name: figures.figures_of(some, weights) for name, some in by_type.items() if some},
             "questions": records[stage],
         }
     steps = list(itertools.pairwise(models)) + ([("sft", "ppo")] if {"sft", "dpo", "ppo"} <= set(models) else [])
@@ -183,7 +174,7 @@ def run(argv: list[str] | None = None) -> None:
         "meanings": {name: figure._asdict() for name, figure in FIGURES.items()},
         "types": judge.types,
         "contexts": contexts,
-        "steps": {f"{a} -> {b}": figures.change(sums[a], sums[b], weights) for a, b in steps},
+        "steps": {f"{a} -> {b}": figures.change(records[a], records[b], weights) for a, b in steps},
         "stages": stages,
     }
     atomic_write(args.out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")

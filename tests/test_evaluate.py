@@ -76,13 +76,13 @@ def record(context, question="Why?", type="Analogy", **fields):
 
 
 def measured(*records, **classifiers):
-    figures.measure(list(records), ["Cats are dogs.", "Dogs are cats, mostly."], {"judge": Sees()} | classifiers)
+    measures.measure(list(records), ["Cats are dogs.", "Dogs are cats, mostly."], {"judge": Sees()} | classifiers)
     return list(records)
 
 
-def ratios(values, per_text=1):
-    """A figure of one question a text, or of several questions that are all alike."""
-    return {"x": torch.tensor([[value, 1.0] for value in values], dtype=torch.float64) * per_text}
+def lengths(values):
+    """One question about each text, of which only the length is known."""
+    return [{"context": number, "words": value} for number, value in enumerate(values)]
 
 
 def generator(seed=0):
@@ -91,9 +91,9 @@ def generator(seed=0):
 
 def test_records_carry_strength_type_and_reward():
     first, second = measured(record(0, "Analogy or what?"), record(1, "What are cats then?", eos=False), scorer=Sees())
-    assert (first["judge"], first["judge_type"], first["reward"], first["words"]) == (0.9, "Analogy", 0.45, 3)
+    assert (first["judge"], first["judge_type"], first["scorer/reward"], first["words"]) == (0.9, "Analogy", 0.45, 3)
     assert (second["scorer"], second["scorer_type"], second["relatedness"]) == (0.1, "Clarity", 1)
-    found = figures.figures_of(figures.sums_by_text([first, second], 2), figures.draws(2, generator(), 0))
+    found = figures.figures_of([first, second], figures.draws(2, generator(), 0))
     values = {name: entry["value"] for name, entry in found.items()}
     assert values["judge/accuracy"] == values["scorer/accuracy"] == values["eos"] == 0.5
     assert values["scorer/reward"] == pytest.approx((0.45 + 0.05) / 2) and values["words"] == 3.5
@@ -127,14 +127,14 @@ def test_every_resample_draws_as_many_texts_as_there_are():
 
 def test_the_interval_has_the_width_that_theory_gives():
     values = torch.randn(400, generator=generator(1), dtype=torch.float64)
-    found = figures.figures_of(ratios(values.tolist()), figures.draws(400, generator(), 4000))["x"]
+    found = figures.figures_of(lengths(values.tolist()), figures.draws(400, generator(), 4000))["words"]
     assert found["low"] < found["value"] < found["high"]
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * values.std().item() / 20, rel=0.06)
 
 
 def test_questions_that_repeat_their_text_do_not_narrow_the_interval():
     values, weights = [0, 1, 1, 0, 1, 0, 0, 1, 1], figures.draws(9, generator(), 500)
-    assert figures.figures_of(ratios(values), weights) == figures.figures_of(ratios(values, 5), weights)
+    assert figures.figures_of(lengths(values), weights) == figures.figures_of(lengths(values) * 5, weights)
 
 
 def test_a_figure_undefined_in_some_resample_has_no_interval():
@@ -144,10 +144,12 @@ def test_a_figure_undefined_in_some_resample_has_no_interval():
 
 def test_a_change_is_compared_text_by_text():
     # Some texts are easy and some hard: the intervals of both stages overlap, the one of their difference excludes 0.
-    earlier, later, weights = ratios([0, 0.1, 0.8, 0.9]), ratios([0.1, 0.2, 0.9, 1]), figures.draws(4, generator(), 500)
-    change = figures.change(earlier | {"y": earlier["x"]}, later, weights)
-    assert change == {"x": {"value": 0.1, "low": 0.1, "high": 0.1}}
-    assert figures.figures_of(earlier, weights)["x"]["high"] > figures.figures_of(later, weights)["x"]["low"]
+    earlier, later = lengths([0, 0.1, 0.8, 0.9]), lengths([0.1, 0.2, 0.9, 1])
+    weights = figures.draws(4, generator(), 500)
+    earlier[0]["eos"] = True  # only the earlier stage has this figure
+    assert figures.change(earlier, later, weights) == {"words": {"value": 0.1, "low": 0.1, "high": 0.1}}
+    before, after = (figures.figures_of(records, weights)["words"] for records in (earlier, later))
+    assert before["high"] > after["low"]
 
 
 # ------------------------------------------------------------------------------------------------------ asking, reading
@@ -292,7 +294,7 @@ def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
     before = sorted(place.rglob("*"))
     evaluate.run(SMALL)
     said = capsys.readouterr().out
-    assert "left out: ppo: runs/ppo holds no finished model" in said
+    assert "left out: ppo: runs/ppo is not there or not finished; train_ppo.py makes it" in said
     assert "3 held-out texts of rows.jsonl, 2 types, 3 models" in said
     found, written = evaluation(place), place / "runs" / "evaluation.json"
     assert set(place.rglob("*")) - set(before) == {written}  # nothing but its own file
@@ -318,7 +320,9 @@ def test_without_scorer_base_and_people_the_rest_is_measured(place, capsys):
     (place / "runs" / "scorer").unlink()
     evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2"])
     found = evaluation(place)
-    assert "left out: scorer: runs/scorer is not there" in capsys.readouterr().out
+    assert (
+        "left out: scorer: runs/scorer is not there or not finished; make_pairs.py makes it" in capsys.readouterr().out
+    )
     assert found["classifiers"] == ["judge"] and not (place / "runs" / "scorer").exists()
     of = found["stages"]["sft"]
     assert len(of["questions"]) == 3 * 2 * 2

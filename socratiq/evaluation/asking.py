@@ -62,14 +62,13 @@ def ask_models(models: dict[str, str], tasks: list[Task], records: dict[str, lis
 
 def ask(policy, tokenizer, tasks: list[Task], args, title: str) -> list[dict]:
     """--samples-per-prompt records for each task. A question depends on seed, text and type, not on the other tasks."""
-    records, eos, at_once = [], tokenizer.eos_token_id, max(1, SAMPLED_AT_ONCE // args.samples_per_prompt)
+    records, samples, eos = [], args.samples_per_prompt, tokenizer.eos_token_id
+    at_once = max(1, SAMPLED_AT_ONCE // samples)
     for start in bar(range(0, len(tasks), at_once), desc=title):
         some = tasks[start : start + at_once]
         prompts = [encode_prompt(tokenizer, task.context, task.type, args.max_prompt_tokens) for task in some]
         seeds = [derive_seed(args.seed, "ask", task.context, task.type) for task in some]
-        completions = sample(
-            policy, prompts, args.samples_per_prompt, args.max_new_tokens, eos, args.temperature, seeds
-        )
+        completions = sample(policy, prompts, samples, args.max_new_tokens, eos, args.temperature, seeds)
         for task, row in zip(some, completions, strict=True):
             for ids in row:
                 question = {"question": decode(tokenizer, ids), "eos": ids[-1] == eos}

@@ -1,4 +1,4 @@
-"""From questions to figures: a record for each question, then figures with intervals for each stage.
+"""From the records of a stage's questions (measures.py) to its figures, with intervals.
 
 How sure is a figure? Questions about one text are not independent, so the bootstrap (Efron 1979) draws texts, with
 replacement, and not questions. Two stages are compared on the same draws. The interval speaks of other texts like
@@ -11,39 +11,17 @@ import math
 
 import torch
 
-from socratiq.evaluation import measures
-from socratiq.scorer.gates import words
+from socratiq.evaluation.measures import distinct_2, duplicates
 
-
-def measure(records: list[dict], contexts: list[str], classifiers: dict) -> None:
-    """Add the measurements of each question to its record.
-
-    classifiers: {"judge": Judge}, and "scorer": Scorer if there is one.
-    """
-    texts, questions = [contexts[record["context"]] for record in records], [record["question"] for record in records]
-    for record, text in zip(records, texts, strict=True):
-        question = record["question"]
-        record["words"] = len(words(question))
-        record["well_formed"] = measures.well_formed(question, text)
-        record["relatedness"] = round(measures.relatedness(question, text), 4)
-    for name, classifier in classifiers.items():
-        for record, strengths in zip(records, classifier.strengths(texts, questions).tolist(), strict=True):
-            record[name] = round(strengths[classifier.types.index(record["type"])], 4)
-            record[f"{name}_type"] = classifier.types[strengths.index(max(strengths))]
-    if "scorer" in classifiers:
-        rewards = classifiers["scorer"].reward(texts, questions, [record["type"] for record in records]).tolist()
-        for record, reward in zip(records, rewards, strict=True):
-            record["reward"] = round(reward, 4)
+QUESTION_MEANS = ("scorer/reward", "well_formed", "eos", "words", "relatedness")
 
 
 def parts(record: dict) -> dict[str, tuple[float, float]]:
     """What one question adds to the figures that are means: numerator and denominator by name."""
-    found = {name: (record[name], 1) for name in ("well_formed", "eos", "words", "relatedness")}
+    found = {name: (record[name], 1) for name in QUESTION_MEANS if name in record}
     for name in ("judge", "scorer"):
         if name in record:
             found[f"{name}/accuracy"] = record[f"{name}_type"] == record["type"], 1
-    if "reward" in record:
-        found["scorer/reward"] = record["reward"], 1
     if "base_nats" in record:
         found["base_perplexity"] = record["base_nats"], record["base_tokens"]
     return found | {f"api/{name}": (grade, 1) for name, grade in record.get("grades", {}).items()}
@@ -76,15 +54,16 @@ def values(name: str, sums: torch.Tensor, weights: torch.Tensor) -> torch.Tensor
     return (numerator / denominator).exp() if name == "base_perplexity" else numerator / denominator
 
 
-def figures_of(sums: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, dict]:
-    """Every figure with its interval."""
+def figures_of(records: list[dict], weights: torch.Tensor) -> dict[str, dict]:
+    """Every figure that is a mean over these questions, with its interval. weights (1 + R, texts) from `draws`."""
+    sums = sums_by_text(records, weights.shape[1])
     return {name: entry(values(name, x, weights)) for name, x in sums.items()}
 
 
-def change(earlier: dict[str, torch.Tensor], later: dict[str, torch.Tensor], weights: torch.Tensor) -> dict[str, dict]:
+def change(earlier: list[dict], later: list[dict], weights: torch.Tensor) -> dict[str, dict]:
     """later - earlier for every figure that both have; the interval is that of the difference, on the same draws."""
-    both = [name for name in earlier if name in later]
-    return {name: entry(values(name, later[name], weights) - values(name, earlier[name], weights)) for name in both}
+    a, b = sums_by_text(earlier, weights.shape[1]), sums_by_text(later, weights.shape[1])
+    return {name: entry(values(name, b[name], weights) - values(name, a[name], weights)) for name in a if name in b}
 
 
 def entry(values: torch.Tensor) -> dict:
@@ -105,5 +84,5 @@ def rounded(x: float) -> float | None:
 
 def repetition(records: list[dict]) -> dict[str, dict]:
     """Figures about all questions together. No interval: a text drawn twice would look like a model that repeats."""
-    questions, counted = [record["question"] for record in records], (measures.distinct_2, measures.duplicates)
-    return {count.__name__: entry(torch.tensor([count(questions)])) for count in counted}
+    questions = [record["question"] for record in records]
+    return {count.__name__: entry(torch.tensor([count(questions)])) for count in (distinct_2, duplicates)}

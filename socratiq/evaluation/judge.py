@@ -42,21 +42,17 @@ class Judge(NamedTuple):
 
         Raises UserError if no row has a type.
         """
-        rows = sorted(
-            (row for row in rows if row.type),
-            key=lambda row: (zlib.crc32(row.context.encode()), row.context, row.question, row.type),
-        )
-        rows = rows[:MAX_ROWS]
-        types = sorted({row.type for row in rows} - {"others"})
+        rows = sorted((zlib.crc32(row.context.encode()), row.question, row.type) for row in rows if row.type)[:MAX_ROWS]
+        types = sorted({name for *_, name in rows} - {"others"})
         if not types:
             raise UserError("too few rows to fit the judge: none that is not held out has a type")
         present = torch.zeros(len(rows), BUCKETS)
-        for i, row in enumerate(rows):
-            present[i, buckets(row.question)] = 1.0
+        for i, (_, question, _) in enumerate(rows):
+            present[i, buckets(question)] = 1.0
         count = present.sum(0)
         rarity = torch.where(count > 0, torch.log((1 + len(rows)) / (1 + count)), 0.0)  # (BUCKETS,)
         x = F.normalize(present * rarity)  # (N, BUCKETS), rows of length 1: long questions weigh no more
-        target = torch.tensor([[float(row.type == name) for name in types] for row in rows])  # (N, T)
+        target = torch.tensor([[float(of_row == name) for name in types] for *_, of_row in rows])  # (N, T)
         weight, unseen = ridge(x, target - target.mean(0))
         slope, bias = torch.zeros(len(types)), torch.zeros(len(types))
         minimise(lambda: unseen * slope + bias, [slope, bias], target, 1e-4)  # Platt 1999, for each type

@@ -1,6 +1,6 @@
-"""Figures about questions that need no model: form, nearness to the text, repetition.
+"""What is measured of each question, by the classifiers and by counting words.
 
-All of them are counts of words, so that each can be checked by hand. A word is a run of letters and digits, in lower
+The counts can be checked by hand. A word is a run of letters and digits, in lower
 case, apostrophes included ("don't" is one word); punctuation does not count.
 """
 
@@ -17,6 +17,26 @@ COMMON = frozenset(
     whether which while who why will with would you your
     """.split()  # noqa: SIM905
 )
+
+
+def measure(records: list[dict], contexts: list[str], classifiers: dict) -> None:
+    """Add the measurements of each question to its record.
+
+    classifiers: {"judge": Judge}, and "scorer": Scorer if there is one.
+    """
+    texts, questions = [contexts[record["context"]] for record in records], [record["question"] for record in records]
+    for record, text, question in zip(records, texts, questions, strict=True):
+        record["words"] = len(words(question))
+        record["well_formed"] = well_formed(question, text)
+        record["relatedness"] = round(relatedness(question, text), 4)
+    for name, classifier in classifiers.items():
+        for record, strengths in zip(records, classifier.strengths(texts, questions).tolist(), strict=True):
+            record[name] = round(strengths[classifier.types.index(record["type"])], 4)
+            record[f"{name}_type"] = classifier.types[strengths.index(max(strengths))]
+    if "scorer" in classifiers:
+        rewards = classifiers["scorer"].reward(texts, questions, [record["type"] for record in records]).tolist()
+        for record, reward in zip(records, rewards, strict=True):
+            record["scorer/reward"] = round(reward, 4)
 
 
 def well_formed(question: str, context: str) -> bool:

@@ -55,8 +55,7 @@ def tables(result: dict) -> str:
         legend |= {FIGURES[name].title: [FIGURES[name].meaning] for name in names}
         rows = {"": [FIGURES[name].title for name in names]}
         if CHIEF in names:
-            chance = {"value": 1 / len(result["types"])}
-            rows["chance"] = [shown(chance, name) if name.endswith("accuracy") else "" for name in names]
+            rows["chance"] = [f"{1 / len(result['types']):.0%}" * name.endswith("accuracy") for name in names]
         for stage, found in stages.items():
             rows[NAMES[stage]] = [shown(found["figures"].get(name), name, CHIEF in names) for name in names]
         blocks += [aligned(rows)] if names else []
@@ -104,9 +103,8 @@ def samples(result: dict, count: int = 3) -> str:
     for number, context in enumerate(result["contexts"][:count]):
         asked = number, result["types"][number % len(result["types"])]
         lines += ["", textwrap.shorten(context, 160, placeholder=" ..."), f"  {asked[1]}"]
-        for stage in NAMES:
-            questions = result["stages"].get(stage, {}).get("questions", [])
-            first = next((r for r in questions if (r["context"], r["type"]) == asked), None)
-            if first:
-                lines.append(f"  {NAMES[stage]:>6}  {first['judge']:.2f}  {' '.join(first['question'].split())}")
+        for stage in filter(result["stages"].get, NAMES):
+            questions = result["stages"][stage]["questions"]
+            same = [record for record in questions if (record["context"], record["type"]) == asked]
+            lines += [f"  {NAMES[stage]:>6}  {r['judge']:.2f}  {' '.join(r['question'].split())}" for r in same[:1]]
     return "\n".join(lines)
