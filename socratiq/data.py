@@ -219,12 +219,9 @@ def _read_all(source: str, hint: str) -> list[tuple[str, Records]]:
 
 def _read_folder(folder: Path) -> list[tuple[str, Records]]:
     """The data files below a folder, by name. Those without questions describe the others, as `datasets` does it."""
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    tables = {
-        str(path): _read(str(path), str(path))
-        for path in files
-        if "/." not in f"/{path.relative_to(folder).as_posix()}"
-    }
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = [str(path) for path in found if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    tables = {name: _read(name, name) for name in files}
     if not tables:
         raise UserError(f"{folder}: no data files in this folder; expected files ending in {', '.join(SUFFIXES)}")
     data = {name: table for name, table in tables.items() if _names(table) & {"question", "target", "chosen"}}

@@ -59,15 +59,15 @@ def print_table(kinds: list[str], rows: dict[str, list[str]]) -> None:
 
 
 def pick_rows(rows, data: str):
-    """The rows of one text, two of different type first: the shortest text that has them."""
+    """Two rows of different type about one text, the shortest that has them."""
     by_context = {}
     for row in rows:
         by_context.setdefault(row.context, []).append(row)
     for context in sorted(by_context, key=len):
         first, *rest = by_context[context]
-        others = [row for row in rest if row.type != first.type]
-        if others:
-            return [first, others[0], *(row for row in rest if row is not others[0])]
+        for other in rest:
+            if other.type != first.type:
+                return first, other
     raise UserError(f"--data {data}: no text has questions of two types, so there is no pair to show")
 
 

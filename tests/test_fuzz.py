@@ -42,16 +42,30 @@ texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map(
 whole_texts = texts.filter(lambda text: clean(text))
 labels = st.sampled_from([spelling for kind in TYPES for spelling in kind.spellings] + ["others", "moral_appeal"])
 names = st.sampled_from(
-    ["context", "thought", "question", "type", "label", "schema", "input", "target", "id", "Context"]
+    [
+        "context",
+        "thought",
+        "question",
+        "type",
+        "label",
+        "schema",
+        "input",
+        "target",
+        "preference",
+        "intervention",
+        "cqs",
+        "Context",
+    ]
 )
 values = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.lists(texts, max_size=2)
 
 
-def check(rows):
+def check(rows, typed=True):
     """What every row that was loaded promises."""
-    assert rows and len({row[:3] for row in rows}) == len(rows)
+    assert rows and len({(*row[:3], row.preference) for row in rows}) == len(rows)
     for row in rows:
-        assert row.context and row.question and row.type and row.source
+        assert row.context and row.question and row.source and (row.type or not typed)
+        assert row.preference in ("", "chosen", "rejected")
         assert clean(row.context) == row.context and clean(row.question) == row.question
         assert display_name(row.type) == row.type
         assert not set(row.question + row.type) & set("\n\r\t\x00\u2028\u202e\ufeff")
@@ -96,7 +110,7 @@ def test_any_json(tmp_path, records, as_lines, ascii):
     path.write_text("\n".join(dumped) if as_lines else f"[{', '.join(dumped)}]", encoding="utf-8")
     rows = load(load_rows, path)
     if rows is not None:
-        check(rows)
+        check(rows, typed=not any(isinstance(record, dict) and "preference" in record for record in records))
     load(load_pairs, path)
 
 
