@@ -41,22 +41,8 @@ PIECES = [
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map("".join)
 whole_texts = texts.filter(lambda text: clean(text))
 labels = st.sampled_from([spelling for kind in TYPES for spelling in kind.spellings] + ["others", "moral_appeal"])
-names = st.sampled_from(
-    [
-        "context",
-        "thought",
-        "question",
-        "type",
-        "label",
-        "schema",
-        "input",
-        "target",
-        "preference",
-        "intervention",
-        "cqs",
-        "Context",
-    ]
-)
+COLUMNS = ("context", "thought", "question", "type", "label", "schema", "input", "target", "preference", "Context")
+names = st.sampled_from([*COLUMNS, "intervention", "cqs"])
 values = st.none() | st.booleans() | st.integers() | st.floats() | texts | st.lists(texts, max_size=2)
 
 
