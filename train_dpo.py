@@ -94,8 +94,6 @@ def run_stage():
     train, held_out = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     # Model and optimiser.
-    if args.deterministic:
-        training.repeatable()
     policy = load_policy(args.model, args.device, args.dtype, **options.model_options(args))
     for pair, (prompt, questions) in zip(pairs, encoded, strict=True):
         policy.check_length(len(prompt) + max(map(len, questions)), pair.source)
@@ -136,8 +134,8 @@ def run_stage():
         """The mean of FIGURES over the held-out pairs."""
         sums = torch.zeros(len(FIGURES), device=policy.device)
         for mine in batches(held_out):
-            logps, ref = forward(mine)[0], reference_logps[mine]
-            found = dpo_loss(logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1], args.beta, args.label_smoothing, args.loss)
+            logps = forward(mine)[0]
+            found = dpo_loss(*logps.T, *reference_logps[mine].T, args.beta, args.label_smoothing, args.loss)
             sums += figures_of(*found, logps)
         means = distributed.all_sum(sums) / len(held_out)
         return {f"eval/{name}": mean for name, mean in zip(FIGURES, means.tolist(), strict=True)}
@@ -162,11 +160,9 @@ def run_stage():
         loss, sums = 0.0, torch.zeros(len(FIGURES), device=policy.device)
         for mine in batches(chosen):
             logps, logprobs, mask = forward(mine)
-            ref = reference_logps[mine]
-            losses, chosen_rewards, rejected_rewards = dpo_loss(
-                logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1], args.beta, args.label_smoothing, args.loss
-            )
-            sums += figures_of(losses, chosen_rewards, rejected_rewards, logps)
+            ref_logps = reference_logps[mine]  # (B, 2): chosen and rejected, as logps
+            losses, *rewards = dpo_loss(*logps.T, *ref_logps.T, args.beta, args.label_smoothing, args.loss)
+            sums += figures_of(losses, *rewards, logps)
             mb_loss = losses.sum() / len(chosen)
             if args.sft_coef:
                 mb_loss = mb_loss + args.sft_coef * sft_loss(logprobs[:, 0], mask[:, 0], total=chosen_tokens)
@@ -188,18 +184,15 @@ def run_stage():
             state["evaluation"] = evaluate()
             metrics |= state["evaluation"]
         seen = sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen)  # tokens
-        show = {"loss": figures["loss"], "margin": figures["rewards/margins"]}
-        progress = {"seconds": seconds, "tokens": seen, "show": show}
+        progress = {"seconds": seconds, "tokens": seen, "show": {"margin": figures["rewards/margins"]}}
         run.end_step(step + 1, policy, optimizer, metrics, state, **progress, checkpoint=epoch_ends)
 
     save_policy(policy, tokenizer, run.out, args.model)
     evaluation = state.get("evaluation", {})
     run.finish(steps=steps, **evaluation)
-    learnt = f"{steps} updates"
-    if held_out:
-        margin, accuracy = evaluation["eval/rewards/margins"], evaluation["eval/rewards/accuracies"]
-        learnt = f"held-out margin {margin:.3f}, accuracy {accuracy:.0%} after {steps} updates"
-    print(f"dpo: {learnt}, model in {run.out}. Next: python train_ppo.py --model {run.out}")
+    learnt = "held-out margin {eval/rewards/margins:.3f}, accuracy {eval/rewards/accuracies:.0%} after "
+    learnt = learnt.format(**evaluation) if held_out else ""
+    print(f"dpo: {learnt}{steps} updates, model in {run.out}. Next: python train_ppo.py --model {run.out}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from socratiq.run.errors import main, warn
 
 def parse_arguments():
     parser = options.Parser(
-        description="PPO: learn to ask questions that the scorer rewards, near the model one began with."
+        description="PPO: learn to ask questions that the scorer rewards, near the model of before."
     )
     options.add_model_arguments(parser, model="runs/dpo")
     add = parser.add_argument_group("data and reward").add_argument
@@ -64,9 +64,7 @@ def parse_arguments():
     parser.set_defaults(checkpoint_every=1)
     args = parser.parse_args()
     if args.kl_target and args.batch_size * args.samples_per_prompt >= 5 * args.kl_horizon:
-        parser.error(
-            "--kl-horizon: must be above a fifth of the samples of an iteration, or --kl-coef can turn negative"
-        )
+        parser.error("--kl-horizon: must be above a fifth of an iteration's samples, or --kl-coef can turn negative")
     if args.advantages == "rloo" and args.samples_per_prompt < 2:
         parser.error("--advantages rloo: needs siblings to compare with; use --samples-per-prompt 2 or more")
     args.lr = args.lr or (4e-4 if args.lora_rank else 1e-5)
@@ -112,8 +110,6 @@ def run_stage():
 
     # Model, reward, optimiser.
     tokenizer = load_tokenizer(args.model)
-    if args.deterministic:
-        training.repeatable()
     critic = args.advantages == "gae"
     policy = load_policy(args.model, args.device, args.dtype, value_head=critic, **options.model_options(args))
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
@@ -137,9 +133,7 @@ def run_stage():
         seeds = [training.derive_seed(args.seed, *purpose, b) for b in mine]
         ends = args.max_new_tokens, tokenizer.eos_token_id
         with distributed.unsharded(policy):
-            completions = (
-                sample(policy, [prompts[b] for b in mine], samples, *ends, args.temperature, seeds) if mine else []
-            )
+            completions = sample(policy, [prompts[b] for b in mine], samples, *ends, args.temperature, seeds)
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
         contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
@@ -154,19 +148,25 @@ def run_stage():
         batch = make_batch(prompts or [[0]], completions or [[[]] * args.samples_per_prompt])
         return mine, batch.to(policy.device)
 
+    def keep_samples(step, split, rollout, picked):
+        """These questions of a rollout go to samples.jsonl -> a line of text for each."""
+        lines = []
+        for i in picked:
+            (context, kind), question = rollout.tasks[i // rollout.scores.shape[1]], rollout.questions[i]
+            score = round(rollout.scores.flatten()[i].item(), 4)
+            run.sample(step=step, split=split, type=kind, context=context, question=question, score=score)
+            lines.append(f"step {step:3d}  score {score:.2f}  {kind}: {' '.join(question.split())[:200]}")
+        return lines
+
     def evaluate(step):
         """Mean score on held-out contexts; the same tasks and random numbers every time."""
         rollout = roll_out(draw_tasks(held_out_contexts, args.eval_prompts, "eval tasks"), 1, "eval samples")
-        scores = rollout.scores.flatten().tolist()
-        for (context, kind), question, score in list(zip(rollout.tasks, rollout.questions, scores, strict=True))[:8]:
-            score = round(score, 4)
-            run.sample(step=step, split="held_out", type=kind, context=context, question=question, score=score)
+        keep_samples(step, "held_out", rollout, range(min(8, args.eval_prompts)))
         ended = [ids[-1] == tokenizer.eos_token_id for row in rollout.completions for ids in row]
         return {"eval/scores": rollout.scores.mean().item(), "eval/eos_rate": sum(ended) / len(ended)}
 
     # Loop.
-    minibatches = min(args.minibatches, args.batch_size)
-    minibatch = math.ceil(args.batch_size / minibatches)  # prompts
+    minibatch = math.ceil(args.batch_size / args.minibatches)  # prompts
     kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
     state = run.load(policy, optimizer) or {"kl_coef": args.kl_coef, "evaluation": {}, "history": []}
     kl_control.value = state["kl_coef"]
@@ -185,7 +185,7 @@ def run_stage():
         names = [f"{sources[context]} asked for {kind}" for context, kind in tasks]
         training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, where, names)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
-        equal = (raw_scores == raw_scores[:, :1]).all(-1)  # (B,) prompts from which RLOO learns nothing
+        equal = (raw_scores == raw_scores[:, :1]).all(-1)  # (B,) prompts whose K rewards are the same
         if (raw_scores == raw_scores[0, 0]).all() and not state.get("warned"):
             state["warned"] = True
             warn(f"{where}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
@@ -203,8 +203,7 @@ def run_stage():
         old = {name: distributed.all_sum(x) for name, x in old.items()}  # each process had its rows, the rest was zero
 
         # 5. Rewards and advantages.
-        kl_coef = kl_control.value
-        rewards = losses.shape_rewards(scores, old["logprobs"], old["reference"], mask, kl_coef)
+        rewards = losses.shape_rewards(scores, old["logprobs"], old["reference"], mask, kl_control.value)
         if critic:
             advantages, returns = losses.gae(rewards, old["values"], mask, args.gamma, args.lam)
         else:
@@ -215,14 +214,12 @@ def run_stage():
         # 6. Update.
         lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)
         updates = []
-        for chosen in training.minibatches(len(tasks), minibatches, args.ppo_epochs, args.seed, step):
+        for chosen in training.minibatches(len(tasks), args.minibatches, args.ppo_epochs, args.seed, step):
             mb_tokens = sum(len(ids) for b in chosen for ids in rollout.completions[b])
             mine, batch = batch_of(rollout, chosen)
-            mb_mask = batch.mask
-            mb_old, mb_advantages, mb_values, mb_returns = (
-                x[mine, :, : mb_mask.shape[-1]] if mine else torch.zeros_like(mb_mask)
-                for x in (old["logprobs"], advantages, old["values"], returns)
-            )
+            mb_mask = batch.mask  # (b, K, C), as all that begins with mb_
+            of_rollout = (old["logprobs"], advantages, old["values"], returns)
+            mb_old, mb_advantages, mb_values, mb_returns = (x[mine or [0], :, : mb_mask.shape[-1]] for x in of_rollout)
             new = token_logprobs(policy, batch, args.temperature)
             loss, clipfrac = losses.policy_loss(new["logprobs"], mb_old, mb_advantages, mb_mask, args.clip, mb_tokens)
             with torch.no_grad():
@@ -235,20 +232,18 @@ def run_stage():
                 "val/ratio": losses.masked_mean(ratio, mb_mask, mb_tokens),
             }
             if critic:
-                value_loss, value_clipfrac = losses.value_loss(
-                    new["values"], mb_values, mb_returns, mb_mask, args.clip, mb_tokens
-                )
-                figures |= {"val/loss": value_loss.detach(), "val/clipfrac": value_clipfrac}
+                values = new["values"]
+                value_loss, clipfrac = losses.value_loss(values, mb_values, mb_returns, mb_mask, args.clip, mb_tokens)
+                figures |= {"val/loss": value_loss.detach(), "val/clipfrac": clipfrac}
                 loss = loss + args.vf_coef * value_loss
             loss.backward()
-            figures = distributed.all_sum({**figures, "total": loss.detach()})
-            mb_names = [names[b] for b in chosen]
-            total = float(figures.pop("total"))
-            norm = training.update(policy, optimizer, total, lr, args.max_grad_norm, where, mb_names)
+            if not updates:  # 0 but for rounding: the policy has not moved yet
+                ratio_error = ((ratio - 1).abs() * mb_mask).max().item()
+            figures = distributed.all_sum({**figures, "loss": loss.detach()})
+            mb_loss, mb_names = float(figures.pop("loss")), [names[b] for b in chosen]
+            norm = training.update(policy, optimizer, mb_loss, lr, args.max_grad_norm, where, mb_names)
             updates.append({**figures, "grad_norm": norm})
-            if not updates[1:]:
-                ratio_error = ((ratio - 1).abs() * mb_mask).max().item()  # 0 but for rounding: nothing has moved yet
-            if updates[-1]["policy/approxkl"] > args.target_kl:
+            if figures["policy/approxkl"] > args.target_kl:
                 break  # the policy has moved far enough from the one that wrote the questions
         seconds = time.perf_counter() - started
 
@@ -259,7 +254,7 @@ def run_stage():
         metrics |= {
             "objective/kl": kl,
             "objective/kl_k3": k3,
-            "objective/kl_coef": kl_coef,
+            "objective/kl_coef": kl_control.value,
             "objective/scores": raw_scores.mean(),
             "objective/scores_std": raw_scores.std() if raw_scores.numel() > 1 else 0.0,
             "objective/zero_std": equal.float().mean(),
@@ -281,12 +276,10 @@ def run_stage():
             state["evaluation"] = evaluate(step + 1)
             metrics |= state["evaluation"]
         best_first = raw_scores.flatten().argsort(descending=True).tolist()
-        for i in (best_first[0], best_first[len(best_first) // 2], best_first[-1]):  # best, median, worst
-            (context, kind), question = tasks[i // args.samples_per_prompt], rollout.questions[i]
-            score = round(raw_scores.flatten()[i].item(), 4)
-            run.sample(step=step + 1, split="train", type=kind, context=context, question=question, score=score)
+        picked = best_first[0], best_first[len(best_first) // 2], best_first[-1]  # best, median, worst
+        for line in keep_samples(step + 1, "train", rollout, picked):
             if step % 5 == 0 or step + 1 == args.steps:
-                run.progress.write(f"step {step + 1:3d}  score {score:.2f}  {kind}: {' '.join(question.split())[:200]}")
+                run.progress.write(line)
         state["kl_coef"] = kl_control.value
         state["history"].append(raw_scores.mean().item())
         seen = int(mask.sum()) + sum(map(len, rollout.prompts))  # tokens

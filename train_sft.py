@@ -86,8 +86,6 @@ def run_stage():
     train, held_out = range(len(train_rows)), range(len(train_rows), len(rows))
 
     # Model and optimiser.
-    if args.deterministic:
-        training.repeatable()
     policy = load_policy(args.model, args.device, args.dtype, **options.model_options(args))
     for row, (prompt, question) in zip(rows, encoded, strict=True):
         policy.check_length(len(prompt) + len(question), f"{row.source} under --max-prompt-tokens")

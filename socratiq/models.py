@@ -65,14 +65,18 @@ def load_policy(
     grad_checkpoint: bool = False,
     load_in_4bit: bool = False,
     plain: bool = False,
+    deterministic: bool = False,
 ) -> Policy:
     """Open "smollm2", "tiny", a folder or a Hub id as a policy.
 
     With `lora_rank` > 0 the base weights are frozen (in `dtype`, or in 4 bits) and adapters train in float32; with 0
     every weight trains, in float32 under bfloat16 autocast. With `trainable` False nothing trains and weights are held
     in `dtype`. With `grad_checkpoint` a layer keeps its input alone for the backward pass, which runs it once more.
-    `plain` leaves the engine out: slower, the same numbers. Raises UserError in one line if the model cannot be used.
+    `plain` leaves the engine out: slower, the same numbers. `deterministic` gives the same bytes on a GPU too. Raises
+    UserError in one line if the model cannot be used.
     """
+    if deterministic:
+        repeatable()
     where = pick_device(device)
     kind = pick_dtype(dtype, where)
     full = trainable and lora_rank == 0
@@ -100,6 +104,13 @@ def load_policy(
         speed_up(policy)
     check_family(policy, name)
     return policy
+
+
+def repeatable() -> None:
+    """Choose kernels that add in a fixed order, as those of the CPU do; where a GPU has none, PyTorch raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
 
 
 def checkpoint_layers(lm: PreTrainedModel) -> None:

@@ -35,6 +35,8 @@ def sample(
     Raises:
         UserError: the longest prompt and `max_new_tokens` are more tokens than the model has positions.
     """
+    if not prompts:
+        return []
     longest = max(map(len, prompts))
     policy.check_length(longest + max_new_tokens, f"a prompt of {longest} tokens and --max-new-tokens {max_new_tokens}")
     seeds = [seeds + b for b in range(len(prompts))] if isinstance(seeds, int) else seeds

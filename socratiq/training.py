@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import os
 
 import torch
 
@@ -47,10 +46,10 @@ def epoch_windows(rows: int, window: int, seed: int, epoch: int) -> list[list[in
 
 
 def minibatches(rows: int, parts: int, passes: int, seed: int, step: int) -> list[list[int]]:
-    """The row numbers of every minibatch of a PPO update: `passes` random orders, each cut into `parts`."""
+    """The row numbers of every minibatch of a PPO update: `passes` random orders, each cut into (up to) `parts`."""
     draws = [generator(seed, "minibatches", step, epoch) for epoch in range(passes)]
     orders = [torch.randperm(rows, generator=draw).tolist() for draw in draws]
-    return [order[part::parts] for order in orders for part in range(parts)]
+    return [order[part::parts] for order in orders for part in range(min(parts, rows))]
 
 
 def distinct_2(questions: list[str]) -> float:
@@ -95,10 +94,3 @@ def draw(items: list, count: int, seed: int) -> list:
     """At most `count` of the items, drawn by the seed, in their own order."""
     chosen = torch.randperm(len(items), generator=generator(seed, "held out"))[:count]
     return [items[i] for i in sorted(chosen.tolist())]
-
-
-def repeatable() -> None:
-    """Choose kernels that add in a fixed order, as those of the CPU do; where a GPU has none, PyTorch raises."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)

@@ -107,7 +107,7 @@ def add_model_arguments(parser: Parser, model: str) -> None:
 
 def model_options(args) -> dict:
     """The arguments of `load_policy` beside model, device and dtype."""
-    names = ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit", "plain")
+    names = ("lora_rank", "seed", "grad_checkpoint", "load_in_4bit", "plain", "deterministic")
     return {name: getattr(args, name) for name in names}
 
 
