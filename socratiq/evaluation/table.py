@@ -39,7 +39,7 @@ FIGURES = {
     "api/quality": Figure("quality, API", 1, False, "1 to 5 by an API model: is it clear, fluent and critical?"),
 }
 CHIEF = "judge/accuracy"
-TABLES = (  # names of the figures side by side; the first table shows their intervals
+TABLES = (  # names of the figures side by side; the table with the words shows no intervals
     ("judge/accuracy", "scorer/accuracy", "scorer/reward", "well_formed"),
     ("eos", "words", "relatedness", "distinct_2", "duplicates", "base_perplexity"),
     ("api/type", "api/relevance", "api/quality"),
@@ -57,7 +57,7 @@ def tables(result: dict) -> str:
         if CHIEF in names:
             rows["chance"] = [f"{1 / len(result['types']):.0%}" * name.endswith("accuracy") for name in names]
         for stage, found in stages.items():
-            rows[NAMES[stage]] = [shown(found["figures"].get(name), name, CHIEF in names) for name in names]
+            rows[NAMES[stage]] = [shown(found["figures"].get(name), name, "words" not in names) for name in names]
         blocks += [aligned(rows)] if names else []
     rows = {"right type, judge": [NAMES[stage] for stage in stages]}
     for kind in result["types"]:
@@ -68,9 +68,9 @@ def tables(result: dict) -> str:
         certain = "low" in change and not change["low"] <= 0 <= change["high"]
         changed = shown(change, CHIEF).replace("%", " points")
         rows[f"{step} changes it by {changed}" + ", may be chance" * (not certain)] = []
-    legend["[ ]"] = ["95% interval over texts: other texts like these would give a figure between the two"]
+    legend["[ ]"] = ["95% interval over texts: how far other texts like these may lie; too narrow under ten texts"]
     legend["people"] = ["what people asked about these texts; chance: a type named at random"]
-    return "\n\n".join([*blocks, aligned(rows), aligned(legend)])
+    return "\n\n".join([*blocks, aligned(rows).rstrip(), aligned(legend)])
 
 
 def aligned(rows: dict[str, list[str]]) -> str:
