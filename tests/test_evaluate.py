@@ -372,6 +372,7 @@ def test_numbers_in_the_table_are_short():
 def test_the_table_has_a_row_for_each_stage_and_names_chance():
     def stage(value):
         figures = {"judge/accuracy": {"value": value, "low": 0.1, "high": 0.9}, "words": {"value": 9.5}}
+        figures["api/type"] = {"value": 3.5, "low": 3, "high": 4}
         questions = [record(0, f"Is it {value}?", "Analogy", judge=value)]
         return {"figures": figures, "by_type": {"Analogy": figures}, "questions": questions}
 
@@ -382,6 +383,7 @@ def test_the_table_has_a_row_for_each_stage_and_names_chance():
     said = table.tables(result).splitlines()
     assert said[:4] == ["        right type, judge", "chance  50%", "sft     25% [10 90]", "people  50% [10 90]"]
     assert said[5:8] == ["        words", "sft     9.5", "people  9.5"]
+    assert said[9:12] == ["        type, API", "sft     3.5 [3.0 4.0]", "people  3.5 [3.0 4.0]"]
     assert "Analogy            25%  50%" in said and "Clarity            -    -" in said
     assert "sft -> dpo changes it by 20 points [-10 50], may be chance" in said
     assert not any(line.startswith(("reward", "perplexity")) for line in said)  # the legend is of what is shown
