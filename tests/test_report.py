@@ -55,11 +55,11 @@ def evaluation(say="Why is that so?", type="Clarity", context="A text."):
 
 def of_stage(stage):
     """The rows of the table of metrics for a stage."""
-    return [metric for metric in metrics.METRICS if stage in metric.stages.split()]
+    return [metric for metric in metrics.read_table() if stage in metric.stages]
 
 
 def every_metric(stage, steps=15):
-    names = {name.replace("*", "form") for row in of_stage(stage) for name in row.names.split()}
+    names = {name.replace("*", "form") for row in of_stage(stage) for name in row.names}
     return [{"step": step, **{name: 0.1 * step + 0.3 for name in names}} for step in range(steps)]
 
 
@@ -115,8 +115,8 @@ def test_the_page_holds_every_stage_and_needs_nothing_from_elsewhere(runs):
     assert len(found.ids) == len(set(found.ids))
     assert not re.search(r"(?:src|href)=.?https?:|@import|url\((?!#)", html)
     assert "default-src 'none'" in html and "script-src" not in html
-    for metric in metrics.METRICS:
-        assert html.count(f"<h3>{metric.title} ") >= len(metric.stages.split())
+    for metric in metrics.read_table():
+        assert html.count(f"<h3>{metric.title.split(' (')[0]} ") >= len(metric.stages)
     assert "Questions on the way" in html and "step 8" in html
     assert "5 pairs were kept" in html and "labelled others" in html
     assert "50%</b>" in html and "prefers-color-scheme: dark" in html
@@ -288,14 +288,19 @@ NAMES = """
 
 def test_the_table_knows_every_name_that_users_rely_on_once_a_stage():
     for stage in STAGES:
-        patterns = [name for row in of_stage(stage) for name in row.names.split()]
-        assert len(patterns) == len(set(patterns))
-    every = [name for row in metrics.METRICS for name in row.names.split()]
-    assert {*NAMES.split()} <= {*every}
+        names = [name for row in of_stage(stage) for name in row.names]
+        assert len(names) == len(set(names))
+    assert {*NAMES.split()} <= {name for row in metrics.read_table() for name in row.names}
 
 
-def test_the_document_is_the_table_and_names_options_that_exist():
-    assert metrics.markdown() in (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+def test_the_table_is_read_to_the_last_row_and_names_options_that_exist():
+    table = metrics.read_table()
+    assert len(table) == metrics.TABLE.read_text(encoding="utf-8").count("\n| `")
+    assert all(row.names and row.title and row.meaning and {*row.stages} <= {*STAGES} for row in table)
+    accuracy = next(row for row in table if row.names[0] == "rewards/accuracies")
+    assert (accuracy.band, accuracy.relative, accuracy.since) == ((0.7, 0.95), False, 2)
+    assert accuracy.mark == (0.5, "coin toss")
+    assert [row.band for row in table if row.relative][-1] == (0.8, 1.2)
     for stage in STAGES:
         source = "".join((ROOT / name).read_text() for name in (f"train_{stage}.py", "socratiq/run/options.py"))
         for row in of_stage(stage):
@@ -334,15 +339,16 @@ def test_a_half_is_rounded_up_as_in_the_tables():
 
 
 def test_the_healthy_range_is_shaded_only_where_it_can_be_seen():
-    def shaded(points, *band):
-        return "var(--band)" in charts.draw([("x", points, "sft")], "x", metrics.Band(*band))
+    def shaded(points, *band, relative=False):
+        row = metrics.Metric(["x"], ["sft"], "X", band=band, relative=relative)
+        return "var(--band)" in charts.draw([("x", points, "sft")], row, "run")
 
     points = [(0, 0.5), (1, 0.6)]
     assert shaded(points, 0.4, 0.55) and shaded(points, 0.55, math.inf) and not shaded(points, 90, 100)
-    assert shaded(points, 0.9, 1.1, True) and not shaded(points, 2, 3, True)  # 0.45 to 0.55, 1 to 1.5
-    assert shaded([(0, -50.0), (1, -52.0)], 0.9, 1.1, True)
-    jagged = [(i, float(10 * (i % 2))) for i in range(60)]  # starts at 0, its average at 5
-    assert shaded(jagged, 1, 1.4, True)
+    assert shaded(points, 0.9, 1.1, relative=True) and not shaded(points, 2, 3, relative=True)
+    assert shaded([(0, -50.0), (1, -52.0)], 0.9, 1.1, relative=True)
+    jagged = [(i, float(10 * (i % 2))) for i in range(60)]  # begins at 0, its average at 5
+    assert shaded(jagged, 1, 1.4, relative=True)
 
 
 @pytest.mark.parametrize("x", [0, 1e-9, 0.00321, 0.5, 12.345, 1234, 123456, -3.2, "text", None])

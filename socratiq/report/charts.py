@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from socratiq.report.metrics import Band
+from socratiq.report.metrics import Metric
 
 MOST_POINTS = 240  # more are averaged in groups
 # matplotlib knows no CSS variables: each colour of report.css is drawn as a code, which becomes var(--name) in the SVG.
@@ -19,13 +19,14 @@ CODES = {name: f"#ab{number:04x}" for number, name in enumerate(COLORS)}
 Points = Sequence[tuple[float, float]]  # (step, value)
 
 
-def draw(curves: Sequence[tuple[str, Points, str]], name: str, band: Band | None = None, mark: tuple = ()) -> str:
+def draw(curves: Sequence[tuple[str, Points, str]], row: Metric, run: str) -> str:
     """One SVG of curves (name, points, colour). Names that begin with eval/ are drawn with dots.
 
-    A curve of many points is drawn faint, with its moving average on top. `band` is shaded as healthy; `mark` (value,
-    label) is a dashed line. `name` keeps the ids of several charts on a page apart.
+    A curve of many points is drawn faint, with its moving average on top. The row of the table says which range is
+    shaded and where a dashed line is drawn. Row and run keep the ids of the charts on a page apart.
     """
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11}):
+    salt = f"{run} {row.names}"
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 11}):
         figure = Figure(figsize=(340 / 72, 190 / 72))  # 340 wide: a phone shows a unit as a pixel
         axes = figure.add_axes((0.13, 0.12, 0.85, 0.84), frameon=False)
         axes.tick_params(length=0, labelcolor=CODES["muted"])
@@ -47,14 +48,14 @@ def draw(curves: Sequence[tuple[str, Points, str]], name: str, band: Band | None
                 y = smooth(y)
             axes.plot(x, y, lw=2.2, marker="o" if dots else None, ms=6, mec=CODES["card"], **style)
             start = y[0] if start is None else start  # of the first curve
-        healthy = sorted(limit * (start if band.of_start else 1) for limit in (band.low, band.high)) if band else []
-        low, high = limits(values, [0, *healthy, *mark[:1]])
+        band = sorted(limit * (start if row.relative else 1) for limit in row.band)
+        low, high = limits(values, [0, *band, *row.mark[:1]])
         axes.set_ylim(low, high)
-        if band and healthy[0] < high and healthy[1] > low:
-            axes.axhspan(max(healthy[0], low), min(healthy[1], high), color=CODES["band"], lw=0)
-        if mark and low <= mark[0] <= high:
-            axes.axhline(mark[0], color=CODES["muted"], lw=1, ls=(0, (4, 4)))
-            axes.annotate(mark[1], (1, mark[0]), (-2, 4), ("axes fraction", "data"), "offset points", **note)
+        if band and band[0] < high and band[1] > low:
+            axes.axhspan(max(band[0], low), min(band[1], high), color=CODES["band"], lw=0)
+        if row.mark and low <= row.mark[0] <= high:
+            axes.axhline(row.mark[0], color=CODES["muted"], lw=1, ls=(0, (4, 4)))
+            axes.annotate(row.mark[1], (1, row.mark[0]), (-2, 4), ("axes fraction", "data"), "offset points", **note)
         drawn = io.StringIO()
         figure.savefig(drawn, format="svg", transparent=True)
     svg = re.sub(r' id="[a-z2.]+_\d+"| font-family: [^;"]+;?|<style.*?</style>', "", drawn.getvalue(), flags=re.DOTALL)

@@ -8,16 +8,16 @@ way, and after `python -m socratiq.evaluate` the comparison of the stages on hel
 escapes all text of data and models, and the page's content policy admits no script.
 """
 
+import fnmatch
 import json
 import math
 import re
 from collections import Counter
-from fnmatch import fnmatchcase
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-from socratiq.report.metrics import METRICS, Metric
+from socratiq.report.metrics import Metric, read_table
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write
 from socratiq.run.options import Parser
@@ -47,23 +47,20 @@ class Run(NamedTuple):
         """The rows of the table of metrics that were logged, then one for each other metric."""
         from socratiq.report.charts import draw
 
-        rows = [metric for metric in METRICS if self.stage in metric.stages.split()]
-        known = ["step", *(pattern for row in rows for pattern in row.names.split())]
+        rows = [metric for metric in read_table() if self.stage in metric.stages]
+        known = {name for row in rows for pattern in row.names for name in fnmatch.filter(self.series, pattern)}
+        rows += [Metric([name], [], name) for name in self.series if name not in known | {"step"}]
         charts = []
-        for name in self.series:
-            if not any(fnmatchcase(name, pattern) for pattern in known):
-                rows.append(Metric(name, self.stage, name))
         for row in rows:
             colors, held_out = cycle((self.stage, "second", "dpo", "sft", "human", "held")), cycle(("held", "human"))
             curves = [
-                (name, drawn, next(held_out if name.startswith("eval/") else colors))
-                for pattern in row.names.split()
-                for name, points in self.series.items()
-                if fnmatchcase(name, pattern) and (drawn := [point for point in points if point[0] >= row.since])
+                (name, points, next(held_out if name.startswith("eval/") else colors))
+                for pattern in row.names
+                for name in fnmatch.filter(self.series, pattern)
+                if (points := [point for point in self.series[name] if point[0] >= row.since])
             ]
             if curves:
-                drawing = draw(curves, f"{self.name} {row.names}", row.band, row.mark)
-                charts.append({"row": row, "curves": curves, "drawing": drawing})
+                charts.append({"row": row, "curves": curves, "drawing": draw(curves, row, self.name)})
         return charts
 
     def asked(self) -> list[tuple[tuple[str, str], list[dict]]]:
@@ -144,6 +141,12 @@ def short(x) -> str:
     return str(x) if not is_finite(x) else f"{x:.2g}" if 0 < abs(x) < 0.1 else f"{x:.{2 if abs(x) < 100 else 0}f}"
 
 
+def bars(values) -> list[int]:
+    """How many of the numbers among the values lie in each twentieth of 0..1."""
+    places = [min(19, max(0, int(20 * value))) for value in values if is_finite(value)]
+    return [places.count(i) for i in range(20)]
+
+
 def code(text: str):
     """HTML of a caption, its options in code."""
     from markupsafe import Markup, escape
@@ -157,7 +160,7 @@ def build(folder: Path) -> str:
 
     here = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=here, autoescape=True, trim_blocks=True, undefined=ChainableUndefined)
-    environment.filters |= {"percent": percent, "short": short, "code": code}
+    environment.filters |= {"percent": percent, "short": short, "bars": bars, "code": code}
     environment.tests["finite"] = is_finite
     reasons = [str(row.get("reason", "")).split(": ")[0] for row in read_lines(folder / "pairs.dropped.jsonl")]
     return environment.get_template("report.html").render(
