@@ -7,6 +7,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -78,23 +79,20 @@ def runs(tmp_path):
 
 
 class Page(HTMLParser):
-    """Tags that were opened and closed, ids, links, texts, attributes that run code."""
+    """A page whose tags are all closed: tags, ids, links, texts, and attributes that would run code."""
 
     def __init__(self, page):
         super().__init__()
-        self.open, self.tags, self.ids, self.links, self.texts, self.handlers = [], [], [], [], [], []
+        self.open, self.tags, self.texts, self.attributes = [], [], [], []
         self.feed(page)
         assert not self.open, self.open
+        self.ids = [value for name, value in self.attributes if name == "id"]
+        self.links = [value for name, value in self.attributes if name in ("href", "src", "xlink:href")]
+        self.handlers = [value for name, value in self.attributes if name.startswith("on")]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(value)
-            if name in ("href", "src", "xlink:href"):
-                self.links.append(value)
-            if name.startswith("on"):
-                self.handlers.append(value)
+        self.attributes += attributes
         if tag not in ("meta", "br"):
             self.open.append(tag)
 
@@ -146,24 +144,13 @@ def test_hostile_text_stays_text(tmp_path):
     assert any("alert(1)" in text for text in found.texts)  # shown, as text
 
 
-values = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
-    max_leaves=4,
-)
-lines = st.lists(
-    st.dictionaries(st.sampled_from(["step", "loss", "type", "context", "question", "split", "score", "x"]), values),
-    max_size=4,
-)
+names = st.sampled_from(["step", "loss", "type", "context", "question", "split", "score", "chosen_score", "x"])
+plain = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8)
+values = plain | st.lists(plain, max_size=2) | st.dictionaries(st.text(max_size=4), plain, max_size=2)
+lines = st.lists(st.dictionaries(names, values), max_size=4)
 
 
-@settings(
-    max_examples=15,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=HealthCheck)
 @given(lines, lines, values)
 def test_any_json_becomes_a_page(tmp_path, logged, asked, anything):
     samples = [{"split": "held_out", **row} for row in asked]
@@ -250,31 +237,18 @@ def test_write_prints_where_and_refuses_a_folder_without_runs(runs, tmp_path, ca
             page.write([str(runs)])
 
 
-def test_tensorboard_gets_every_number(runs, tmp_path, monkeypatch, capsys):
-    written = []
-
-    class Writer:
-        def __init__(self, folder):
-            self.run = Path(folder).name
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def add_scalar(self, name, value, step):
-            written.append((self.run, name, value, step))
-
-    module = type(sys)("torch.utils.tensorboard")
-    module.SummaryWriter = Writer
+def test_tensorboard_gets_every_number(runs, monkeypatch, capsys):
+    module = Mock()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    page.write([str(runs), "--tensorboard", str(tmp_path / "events")])
-    assert ("sft", "eval/loss", 3.0, 2) in written and len(written) == 3 * (3 * 3 + 4)
-    assert f"{len(written):,} numbers" in capsys.readouterr().out
+    writer = module.SummaryWriter.return_value = MagicMock()
+    page.write([str(runs), "--tensorboard", "events"])
+    assert [call.args[0] for call in module.SummaryWriter.call_args_list] == [f"events/{stage}" for stage in STAGES]
+    written = [call.args for call in writer.__enter__.return_value.add_scalar.call_args_list]
+    assert written.count(("eval/loss", 3.0, 2)) == 3 and len(written) == 3 * (3 * 3 + 4)
+    assert "39 numbers" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        page.write([str(runs), "--tensorboard", str(tmp_path / "events")])
+        page.write([str(runs), "--tensorboard", "events"])
 
 
 # ------------------------------------------------------------------------------------------------- the table of metrics
@@ -349,6 +323,10 @@ def test_the_healthy_range_is_shaded_only_where_it_can_be_seen():
     assert shaded([(0, -50.0), (1, -52.0)], 0.9, 1.1, relative=True)
     jagged = [(i, float(10 * (i % 2))) for i in range(60)]  # begins at 0, its average at 5
     assert shaded(jagged, 1, 1.4, relative=True)
+
+
+def test_histograms_count_every_number_once():
+    assert page.bars([0.0, 0.04, 0.5, 1.0, 1.2, -1.0, None, "x", math.nan]) == [3, *[0] * 9, 1, *[0] * 8, 2]
 
 
 @pytest.mark.parametrize("x", [0, 1e-9, 0.00321, 0.5, 12.345, 1234, 123456, -3.2, "text", None])
