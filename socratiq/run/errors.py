@@ -9,7 +9,8 @@ import sys
 # The disk, a quota or a file cannot hold more.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The path cannot be used, or its folder was removed meanwhile: for the user to put right, not a bug.
-BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
+BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+BAD_PATH |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class UserError(Exception):
@@ -37,36 +38,33 @@ def main(function) -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # libraries draw their progress bars into files as well
     try:
-        function()
+        return function()
     except UserError as error:
-        _leave(f"error: {' '.join(str(error).split())}", 2)
+        line, status = f"error: {' '.join(str(error).split())}", 2
     except Stopped as stop:
-        _leave(str(stop), stop.status)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
+        line, status = str(stop), stop.status
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
         sys.stderr.close()
         sys.exit(1)
     except Exception as error:
-        number, path = _system_error(error)
-        if number in FULL_DISK:
-            line = f"no space left on the disk while writing {path or 'the output folder'}"
-            _leave(f"error: {line}; free some and run the same command again", 1)
-        if number in BAD_PATH:
-            reason = os.strerror(number)
-            _leave(f"error: {path or 'a file'}: {reason}; choose another place or change its permissions", 2)
-        if number == errno.ENOENT:
-            _leave(f"error: {path or 'a file'} is gone; was its folder removed meanwhile?", 2)
-        raise
+        line, status = _system_error(error)
+        if not line:
+            raise
+    say(line)
+    sys.exit(status)
 
 
-def _system_error(error: Exception) -> tuple[int | None, str | None]:
-    """The system's error number and the path, None where there is none. safetensors has the number in its text only."""
-    if isinstance(error, OSError):
-        denied = errno.EACCES if isinstance(error, PermissionError) else None
-        return error.errno or denied, error.filename
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return found and int(found[1]), None
+def _system_error(error: Exception) -> tuple[str, int]:
+    """The line and exit status for a full disk or a path that cannot be used; "" for any other exception."""
+    found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the system's number in its text only
+    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
+    path = getattr(error, "filename", None) or "a file of the output folder"
+    if number in FULL_DISK:
+        return f"error: no space left on the disk while writing {path}; free some and run the same command again", 1
+    if number in BAD_PATH or isinstance(error, PermissionError):
+        reason = os.strerror(number or errno.EACCES)
+        return f"error: {path}: {reason}; name another place, or see that this one exists and can be written", 2
+    return "", 1
 
 
 def _on_signal(number, frame):
@@ -84,11 +82,6 @@ def stop_now(number: int, frame, message: str) -> None:
             os._exit(128 + number)
         frame = frame.f_back
     raise Stopped(message, 128 + number)
-
-
-def _leave(line: str, status: int) -> None:
-    say(line)
-    sys.exit(status)
 
 
 def warn(line: str) -> None:

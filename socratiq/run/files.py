@@ -1,11 +1,15 @@
-"""Files that are either the old or the new version, never half of one.
+"""Files that hold either the old or the new version, never half of one.
 
-Whole files are written beside their place, synced and renamed. Append-only files are JSON lines: one object a line, so
-that a line cut off by a kill can be told from a whole one.
+A file is written beside its place, synced and renamed. Append-only files are JSON lines, one object a line, so that a
+line cut off by a kill can be told from a complete one.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from socratiq.run.errors import UserError
@@ -17,43 +21,35 @@ def atomic_write(path: str | Path, data: str | bytes) -> None:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-class replacing:
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
     """`with replacing(path) as temporary:` write the file or folder `temporary`; it becomes `path` if all went well."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.partial")
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        remove(self.temporary)  # left behind by a kill
-        return self.temporary
-
-    def __exit__(self, kind, value, traceback) -> None:
-        if kind is not None:
-            remove(self.temporary)
-            return
-        for file in [self.temporary, *self.temporary.rglob("*")] if self.temporary.is_dir() else [self.temporary]:
-            sync(file)
-        if self.temporary.is_dir():
-            remove(self.path)  # a folder cannot be renamed over a filled one
-        os.replace(self.temporary, self.path)
-        sync(self.path.parent)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)  # left behind by a kill
+    try:
+        yield temporary
+    except BaseException:
+        remove(temporary)
+        raise
+    for file in (temporary, *temporary.rglob("*")):
+        sync(file)
+    if temporary.is_dir():
+        remove(path)  # a folder cannot be renamed over a filled one
+    os.replace(temporary, path)
+    sync(path.parent)
 
 
 def sync(path: str | Path) -> None:
     """Wait until the file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def remove(path: str | Path) -> None:
     """Remove a file or a folder, if it is there."""
-    import shutil
-
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -62,20 +58,19 @@ def remove(path: str | Path) -> None:
 
 
 def lock(file) -> bool:
-    """Lock an open file for this process alone; False if another process holds it. The lock dies with the process."""
-    try:
-        import fcntl
+    """Lock an open file for this process alone; False if another process holds it.
 
+    The lock dies with the process. A file system without locks grants every lock.
+    """
+    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
+    except OSError as error:
+        return not isinstance(error, (BlockingIOError, PermissionError))
     return True
 
 
 def to_json(value) -> str:
-    """One line of JSON, in the spelling that every file of the project uses."""
+    """One line of JSON, spelled as in every file of the project."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -95,23 +90,19 @@ def read_jsonl(path: str | Path, repair: bool = False) -> list[dict]:
     raises UserError with its line number.
     """
     path = Path(path)
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1  # a line is whole when its newline is there
-    if repair and whole < len(content):
-        with open(path, "r+b") as file:
-            file.truncate(whole)
-        content = content[:whole]
+    content = path.read_bytes() if path.exists() else b""
+    complete = content.rfind(b"\n") + 1  # a line is complete when its newline is there
+    if repair and complete < len(content):
+        os.truncate(path, complete)
+        content = content[:complete]
     rows = []
     for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except ValueError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); mend or remove the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
+            raise UserError(f"{path} line {number}: not JSON ({error}); correct or remove the line") from None
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path} line {number}: expected a JSON object, found {type(rows[-1]).__name__}")
     return rows

@@ -32,8 +32,9 @@ from socratiq.run.files import append_jsonl, atomic_write, lock, remove, replaci
 # Arguments that do not change the result: the command that continues a run may differ in them.
 FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "grad_checkpoint"}
 LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
-# Removed when the run is finished. Parts of a checkpoint come after the file that counts on them.
-WORK = ("checkpoint.safetensors", "checkpoint-*")
+# Removed when the run is finished. Parts of a checkpoint come after the file that counts on them; .tmp and six letters
+# is the name of a file that safetensors was writing when a kill came.
+WORK = ("checkpoint.safetensors", "checkpoint-*", ".lock", ".tmp*")
 MODEL = ("config.json", "model*.safetensors*", "adapter")
 
 # Arguments that name a file or folder, and the files of such a folder that the result depends on.
@@ -68,15 +69,14 @@ class Run:
         self.out, self.stage, self.restart = Path(args.out), stage, args.restart
         self.arguments_file = self.out / "train_args.json"
         self.checkpoint_file = self.out / "checkpoint.safetensors"
-        given = {name: value for name, value in vars(args).items() if name in INPUTS and value is not None}
-        contents = {name: fingerprint(name, value) for name, value in given.items()}
+        inputs = {name: value for name, value in vars(args).items() if name in INPUTS and value is not None}
+        contents = {name: fingerprint(name, value) for name, value in inputs.items()}
         self.arguments = {"stage": stage, **vars(args), "contents": contents}
         self.asked_to_stop = 0  # the signal
         self.in_step = False
         self.finished = self._in_first(self._check_folder)
         if self.finished:
             print(f"{self.out} is finished already; --restart begins anew")
-            return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
@@ -89,50 +89,40 @@ class Run:
         """Refuse --out unless it is free, or a run of this stage with these arguments. Is the run in it finished?"""
         model = Path(self.arguments["model"])
         if self.out.is_dir() and model.is_dir() and model.samefile(self.out) and str(model) not in BUILT_IN:
-            raise UserError(
-                f"--out {self.out} is the folder of --model; name another place for what is trained from it"
-            )
+            raise UserError(f"--out {self.out} is the folder of --model; name another place for the trained model")
         existing = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(f"--out {self.out}: {existing} is a file, not a folder; name another place")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"--out {self.out}: {existing} cannot be written; name another place")
-        if not self.arguments_file.exists():
-            if self.out.exists() and any(self.out.glob("[!.]*")):
-                raise UserError(f"--out {self.out} exists and is no run of train_{self.stage}.py; name another place")
-            return False
-        try:
-            before = json.loads(self.arguments_file.read_text())
-            stage = before["stage"]
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f"{self.arguments_file} was not written by train_{self.stage}.py; name another --out"
-            ) from None
-        if stage != self.stage:
-            raise UserError(f"--out {self.out} holds a run of train_{stage}.py; name another place")
-        if self.restart:
-            return False
-        self._check_arguments(before)
-        finished = (self.out / "summary.json").exists()
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"--out {self.out}: {existing} is not a folder that can be written; name another place")
+        before = {"stage": self.stage}
+        if self.arguments_file.exists() or any(self.out.glob("[!.]*")):
+            try:
+                before = json.loads(self.arguments_file.read_text())
+                if before["stage"] != self.stage:
+                    raise KeyError
+            except (OSError, ValueError, TypeError, KeyError):
+                says = f"--out {self.out} exists and is no run of train_{self.stage}.py; name another place"
+                raise UserError(says) from None
+        if not self.restart:
+            self._check_arguments(before)
+        finished = not self.restart and (self.out / "summary.json").exists()
         if finished:
-            self._remove_work()  # a kill may have come between the summary and this
+            self._remove(*WORK)  # a kill may have come between the summary and this
         return finished
 
     def _check_arguments(self, before: dict) -> None:
-        now, contents = self.arguments, before.pop("contents", {})
+        def named(arguments):
+            """Every argument that changes the result, and the fingerprints of the files, by a name for the message."""
+            arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
+            contents = {f"{name} of content": found for name, found in arguments.pop("contents", {}).items() if found}
+            return {f"--{name.replace('_', '-')}": value for name, value in (arguments | contents).items()}
+
+        before, now = named(before), named(self.arguments)
         # An argument that only one of them knows belongs to another version of this project.
-        for name in sorted((before.keys() & now.keys()) - FREE_ARGUMENTS):
-            if before[name] != now[name]:
-                raise UserError(
-                    f"{self.out} was begun with --{name.replace('_', '-')} {before[name]}, now it is {now[name]}; "
-                    "use the old value, --restart to begin anew, or another --out"
-                )
-        for name, content in now["contents"].items():
-            if None not in (content, contents.get(name)) and content != contents[name]:
-                raise UserError(
-                    f"{self.out} was begun with other content in --{name} {now[name]}; "
-                    "put the old content back, or use --restart to begin anew, or another --out"
-                )
+        changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
+        if changed:
+            name = changed[0]
+            says = f"{self.out} was begun with {name} {before[name]}, now it is {now[name]}"
+            raise UserError(f"{says}; use the old one, --restart to begin anew, or another --out")
 
     # --- steps
 
@@ -192,7 +182,7 @@ class Run:
 
     def _append(self, name: str, line: dict) -> None:
         if self.writes:
-            append_jsonl(self.out / name, _numbers(line))
+            append_jsonl(self.out / name, {key: _number(value) for key, value in line.items()})
 
     # --- checkpoint
 
@@ -202,20 +192,19 @@ class Run:
 
         try:
             state = self._in_first(self._open_folder)
-            if not state:
+            if "step" not in state:
                 return {}
-            parameters, moments = policy.trainable(), {}
+            parameters, moments = policy.trainable(), []
             tensors = self._read_tensors(state, parameters, policy.device)
             kinds = {name.partition(".")[0] for name in tensors} - {"weight"}
-            for number, (name, parameter) in enumerate(parameters.items()):
+            for name, parameter in parameters.items():
                 parameter.data.copy_(tensors[f"weight.{name}"])
-                moments[number] = {kind: tensors[key] for kind in kinds if (key := f"{kind}.{name}") in tensors}
+                moments.append({kind: tensors[key] for kind in kinds if (key := f"{kind}.{name}") in tensors})
         except (SafetensorError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.checkpoint_file} cannot be read ({error}); --restart begins anew") from None
         # The optimiser puts moments and step counts on the right device, in the right type.
-        optimizer.load_state_dict(
-            {**optimizer.state_dict(), "state": {n: known for n, known in moments.items() if known}}
-        )
+        known = {number: found for number, found in enumerate(moments) if found}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
         print(f"continuing {self.out} after step {state['step']}")
         return state
 
@@ -226,32 +215,26 @@ class Run:
         """
         from safetensors import safe_open
 
-        self._lock()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._locked = open(self.out / ".lock", "ab")  # noqa: SIM115 (open, and so locked, until the process ends)
+        if not lock(self._locked):
+            raise UserError(f"--out {self.out}: another process is at work there; wait for it or stop it")
         if self.restart:
             # The arguments last: a kill on the way leaves the old run without a checkpoint, or the new run.
-            for path in (path for name in ("summary.json", *MODEL, *WORK, *LOGS) for path in self.out.glob(name)):
-                remove(path)
+            self._remove("summary.json", *MODEL, "checkpoint*", *LOGS)
         if self.restart or not self.arguments_file.exists():
             atomic_write(self.arguments_file, json.dumps(self.arguments, indent=2) + "\n")
-            self._lock()
-        state = {}
+        state = {"log_lengths": {}}
         if self.checkpoint_file.exists():
             with safe_open(self.checkpoint_file, "pt") as file:
                 state = json.loads(file.metadata()["state"])
         for log in (self.out / name for name in LOGS):
-            length, size = state.get("log_lengths", {}).get(log.name, 0), log.stat().st_size if log.exists() else 0
+            length, size = state["log_lengths"].get(log.name, 0), log.stat().st_size if log.exists() else 0
             if length > size:
                 raise UserError(f"{log} is shorter than at the checkpoint; put it back, or --restart to begin anew")
             if length < size:
                 os.truncate(log, length)
         return state
-
-    def _lock(self) -> None:
-        """Let no second process work in the folder. The lock dies with the process."""
-        if self.arguments_file.exists():
-            self._locked = open(self.arguments_file, "r+b")  # noqa: SIM115 (it stays open, and so locked)
-            if not lock(self._locked):
-                raise UserError(f"--out {self.out}: another process is at work there; wait for it or stop it")
 
     def save(self, policy, optimizer, state: dict) -> None:
         """Write a checkpoint: trained weights, optimiser moments, and `state`."""
@@ -275,12 +258,12 @@ class Run:
     def finish(self, **summary) -> None:
         """The end: summary.json marks the run as finished, and files that only served the work are removed."""
         if self.writes:
-            atomic_write(self.out / "summary.json", json.dumps(_numbers(summary), indent=2) + "\n")
-            self._remove_work()
+            summary = {name: _number(value) for name, value in summary.items()}
+            atomic_write(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self._remove(*WORK)
 
-    def _remove_work(self) -> None:
-        # .tmp and six letters is the name of a file that safetensors was writing when the kill came.
-        for path in (path for name in (*WORK, ".tmp*") for path in self.out.glob(name)):
+    def _remove(self, *patterns: str) -> None:
+        for path in (path for pattern in patterns for path in self.out.glob(pattern)):
             remove(path)
 
     # --- what several processes do in another way (engine/distributed.py)
@@ -300,16 +283,12 @@ class Run:
         return load_file(self.checkpoint_file, device=str(device))
 
 
-def _numbers(values: dict) -> dict:
-    """Values for JSON: tensors as Python numbers, floats cut to seven digits, NaN and infinity as null."""
-
-    def number(x):
-        x = x.item() if hasattr(x, "item") else x
-        if isinstance(x, float):
-            return float(f"{x:.7g}") if math.isfinite(x) else None
-        return x
-
-    return {name: number(x) for name, x in values.items()}
+def _number(x):
+    """A value for JSON: a tensor as a Python number, a float cut to seven digits, NaN and infinity as null."""
+    x = x.item() if hasattr(x, "item") else x
+    if isinstance(x, float):
+        return float(f"{x:.7g}") if math.isfinite(x) else None
+    return x
 
 
 def peak_memory_mb(device: str = "auto") -> float:
@@ -324,8 +303,7 @@ def peak_memory_mb(device: str = "auto") -> float:
 
 # --- inputs ---------------------------------------------------------------------------------------------------------
 
-READ_WHOLE = 64 << 20  # bytes; of a larger file of weights only samples are read: training changes weights everywhere
-SAMPLES = 1024  # of 4096 bytes
+READ_LAST = 64 << 20  # bytes of a file of weights: training changes weights everywhere
 
 
 def fingerprint(argument: str, name: str) -> str | None:
@@ -335,19 +313,17 @@ def fingerprint(argument: str, name: str) -> str | None:
     """
     if argument == "reward":  # MODULE:FUNCTION
         name = name.partition(":")[0].replace(".", "/") + ".py"
-    path = Path(name)
-    files = [path] if path.is_file() else []
+    path, files = Path(name), [Path(name)]
     if path.is_dir() and name not in BUILT_IN:
-        files = sorted(file for pattern in INPUTS[argument] for file in path.glob(pattern) if file.is_file())
+        files = sorted(file for pattern in INPUTS[argument] for file in path.glob(pattern))
+    files = [file for file in files if file.is_file()]
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
-        length, starts = 1 << 20, range(0, size, 1 << 20)
-        if file.suffix == ".safetensors" and size > READ_WHOLE:
-            length, starts = 4096, (index * (size - 4096) // (SAMPLES - 1) for index in range(SAMPLES))
         with open(file, "rb") as stream:
-            for start in starts:
-                stream.seek(start)
-                digest.update(stream.read(length))
+            if file.suffix == ".safetensors":
+                stream.seek(max(0, size - READ_LAST))
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()[:16] if files else None
