@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import huggingface_hub
@@ -209,8 +210,15 @@ def resolve(name: str) -> str:
 
 def built_in(name: str) -> Path:
     """The folder of a built-in model, which is made at the first use: $SOCRATIQ_CACHE, or in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "socratiq"
-    folder = Path(os.environ.get("SOCRATIQ_CACHE") or default) / name
+    try:
+        cache = os.environ.get("SOCRATIQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "socratiq")
+        folder = Path(cache).expanduser() / name
+        if not (folder / "config.json").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder.parent).close()
+    except (OSError, RuntimeError) as error:  # read-only, or no home folder
+        says = f"no place for the built-in models ({first_line(error)})"
+        raise UserError(f"{says}; set SOCRATIQ_CACHE to a folder that can be written") from None
     if not (folder / "config.json").exists():
         with bar(total=2, desc=f"making {name}, once") as progress, replacing(folder) as temporary:
             lm, tokenizer = getattr(builtin, name)()

@@ -40,7 +40,7 @@ MODEL = ("config.json", "model*.safetensors*", "adapter")
 # Arguments that name a file or folder, and the files of such a folder that the result depends on.
 INPUTS = {
     "model": ("config.json", "tokenizer*", "model*.safetensors"),
-    "data": ("**/*.csv", "**/*.tsv", "**/*.json", "**/*.jsonl", "**/*.ndjson", "**/*.parquet"),
+    "data": ("**/*.csv", "**/*.tsv", "**/*.json", "**/*.jsonl", "**/*.ndjson", "**/*.parquet", "**/*.arrow"),
     "pairs": (),
     "scorer": ("scorer.*",),
     "reward": (),

@@ -1,0 +1,343 @@
+"""The room of a run, in this process: its folder and checkpoint, fingerprints, files, options, and one-line errors."""
+
+import argparse
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import small_policy, small_rows, stir
+
+from socratiq import training
+from socratiq.batch import make_batch
+from socratiq.losses import sft_loss
+from socratiq.policy import token_logprobs
+from socratiq.run import errors
+from socratiq.run.errors import UserError
+from socratiq.run.files import append_jsonl, atomic_write, read_jsonl, replacing
+from socratiq.run.folder import INPUTS, Run, fingerprint
+
+
+def arguments(out, **more):
+    given = {"out": str(out), "model": "tiny", "restart": False, "checkpoint_every": 5, "lr": 0.1}
+    return argparse.Namespace(**{**given, **more})
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A run takes the signals of its process; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def new_run(out, **more):
+    return Run(arguments(out, **more), "sft")
+
+
+def some_updates(policy, optimizer, run, steps):
+    """`steps` SFT updates on small rows; the losses."""
+    prompts, completions = small_rows(rows=4)
+    said = []
+    for step in steps:
+        batch = make_batch(prompts, completions)
+        out = token_logprobs(policy, batch)
+        loss = sft_loss(out["logprobs"], batch.mask)
+        if "values" in out:
+            loss = loss + sft_loss(out["values"] - 1, batch.mask).square()
+        loss.backward()
+        training.update(policy, optimizer, loss.item(), 0.01, 1.0, f"sft step {step}", [])
+        said.append(loss.item())
+    return said
+
+
+def test_the_memory_is_that_of_the_device(tmp_path, monkeypatch):
+    """On a machine with a GPU, --device cpu computes, and takes memory, elsewhere."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
+    for device, there in (("cpu", False), ("auto", True), ("cuda", True)):
+        run = new_run(tmp_path / device, device=device)
+        run.load(policy := small_policy(), optimizer := torch.optim.AdamW(policy.trainable().values()))
+        for step in run.steps(0, 1):
+            run.end_step(step + 1, policy, optimizer, {}, {}, seconds=1.0, tokens=10)
+        line = json.loads((tmp_path / device / "timings.jsonl").read_text())
+        assert (line["peak_memory_mb"] == 5.0) == there and line["peak_memory_mb"] > 0
+
+
+# --- checkpoints
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_checkpoint_brings_everything_back(tmp_path, lora_rank, fused):
+    """Weights, both moments and the step count of each parameter, in their types; the state; the logs' lengths."""
+
+    def parts():
+        policy = small_policy(lora_rank=lora_rank, value_head=True)
+        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.01, fused=fused)
+        return policy, optimizer
+
+    policy, optimizer = parts()
+    run = new_run(tmp_path / "out")
+    assert run.load(policy, optimizer) == {}
+    first = some_updates(policy, optimizer, run, range(1, 4))
+    run.log(3, loss=torch.tensor(0.1), bad=math.nan, worse=-math.inf, name="x", count=torch.tensor(2))
+    state = {"step": 3, "kl_coef": 0.1 + 0.2, "history": [1 / 3], "nothing": None}
+    run.save(policy, optimizer, state)
+    run.log(4, loss=1.0)  # will be logged again
+    then = some_updates(policy, optimizer, run, range(4, 6))
+
+    again, second = parts()
+    stir(again)
+    resumed = new_run(tmp_path / "out")
+    loaded = resumed.load(again, second)
+    assert {name: loaded[name] for name in state} == state
+    line = '{"step": 3, "loss": 0.1, "bad": null, "worse": null, "name": "x", "count": 2}\n'
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == line
+    assert some_updates(again, second, resumed, range(4, 6)) == then and first[0] > then[-1]
+    for one, other in zip(policy.trainable().values(), again.trainable().values(), strict=True):
+        assert torch.equal(one, other)
+        assert optimizer.state[one].keys() == second.state[other].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for key, value in optimizer.state[one].items():
+            assert torch.equal(value, second.state[other][key]), key
+            assert (value.dtype, value.device) == (second.state[other][key].dtype, second.state[other][key].device)
+
+
+def test_the_end_leaves_a_summary_and_no_checkpoint(tmp_path, capsys):
+    policy = small_policy()
+    optimizer = torch.optim.AdamW(policy.trainable().values())
+    run = new_run(tmp_path / "out")
+    run.load(policy, optimizer)
+    run.save(policy, optimizer, {"step": 1})
+    run.finish(steps=1, loss=torch.tensor(math.inf))
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == {"steps": 1, "loss": None}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_args.json", "summary.json"}
+    assert new_run(tmp_path / "out").finished
+    assert "is finished already" in capsys.readouterr().out
+
+
+def test_arguments_of_another_version_do_not_count(tmp_path):
+    run = new_run(tmp_path / "out", old=1)
+    run.load(policy := small_policy(), torch.optim.AdamW(policy.trainable().values()))
+    new_run(tmp_path / "out", new=2)
+    with pytest.raises(UserError, match=r"--lr 0\.1, now it is 0\.2"):
+        new_run(tmp_path / "out", old=1, lr=0.2)
+
+
+# --- inputs
+
+
+def test_fingerprints(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    assert fingerprint("model", str(model)) is None  # no model in it
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"a" * 1000)
+    first = fingerprint("model", str(model))
+    (model / "metrics.jsonl").write_text("says nothing of the model")
+    (model / "checkpoint.safetensors").write_text("nor does this")
+    assert fingerprint("model", str(model)) == first and len(first) == 16
+    (model / "model.safetensors").write_bytes(b"a" * 999 + b"b")
+    assert fingerprint("model", str(model)) != first
+    assert fingerprint("model", "meta-llama/Llama-3.1-8B") is None
+    assert fingerprint("data", "sample") is None and fingerprint("data", "socratiq") is None
+    assert fingerprint("data", str(tmp_path / "missing.csv")) is None
+
+
+def test_a_reward_is_known_by_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): ...")
+    first = fingerprint("reward", "mine.rewards:wordy")
+    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): return 1")
+    assert first and fingerprint("reward", "mine.rewards:wordy") not in (first, None)
+    assert fingerprint("reward", "installed_package:reward") is None
+
+
+def test_of_large_weights_the_end_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("socratiq.run.folder.READ_LAST", 10_000)
+    path = tmp_path / "model.safetensors"
+    content, found = bytearray(100_000), []
+    for place in (50_000, 99_999, 90_001):
+        content[place] = 1
+        path.write_bytes(content)
+        found.append(fingerprint("model", str(path)))
+    path.write_bytes(content + b"longer")
+    assert len({*found, fingerprint("model", str(path))}) == 4
+
+
+def test_every_kind_of_data_file_counts(tmp_path):
+    """The room imports no other one, so its list of suffixes is its own."""
+    from socratiq.data import SUFFIXES
+
+    for suffix in SUFFIXES:
+        (tmp_path / f"rows{suffix}").write_text("a")
+        before = fingerprint("data", str(tmp_path))
+        (tmp_path / f"rows{suffix}").write_text("b")
+        assert fingerprint("data", str(tmp_path)) != before, suffix
+    assert INPUTS["data"]
+
+
+# --- the end of a step
+
+
+def one_step(out, step=1, **more):
+    """A run that has been loaded and is about to end its step."""
+    run = new_run(out, checkpoint_every=2, **more)
+    policy = small_policy()
+    optimizer = torch.optim.AdamW(policy.trainable().values())
+    state = run.load(policy, optimizer)
+    for number in run.steps(state.get("step", 0), 5):
+        yield (
+            run,
+            lambda number=number, **options: run.end_step(
+                number + 1, policy, optimizer, {}, {}, seconds=1, tokens=1, **options
+            ),
+        )
+
+
+def test_a_checkpoint_is_written_when_it_is_due(tmp_path):
+    steps = []
+    for run, end_step in one_step(tmp_path / "out"):
+        run.checkpoint_file.unlink(missing_ok=True)
+        end_step(checkpoint=len(steps) == 2)
+        steps.append(run.checkpoint_file.exists())
+    assert steps == [False, True, True, True, True]  # every second step, where asked for, and the last
+
+
+def test_a_folder_that_is_removed_during_the_run_is_told_in_one_line(tmp_path, capsys):
+    def step():
+        for run, end_step in one_step(tmp_path / "out"):
+            shutil.rmtree(run.out)
+            end_step()
+
+    def sample():
+        for run, _ in one_step(tmp_path / "out"):
+            shutil.rmtree(run.out)
+            run.sample(question="Why?")
+
+    for function, line in ((step, "removed during the run"), (sample, "samples.jsonl: No such file or directory")):
+        assert ended(function, capsys) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and line in said and said.count("\n") == 1
+
+
+# --- files
+
+
+def test_a_file_is_the_old_or_the_new_one(tmp_path):
+    path = tmp_path / "below" / "file"
+    atomic_write(path, "old")
+    with pytest.raises(ValueError), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise ValueError
+    assert path.read_text() == "old" and [path] == list(path.parent.iterdir())
+    with replacing(path) as temporary:  # a folder in the place of a file, then another folder
+        temporary.mkdir()
+        (temporary / "a").touch()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "b").touch()
+    assert [file.name for file in path.iterdir()] == ["b"]
+
+
+def test_a_line_that_a_kill_cut_off_is_removed_and_a_broken_one_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, {"a": "caf\u00e9"})
+    append_jsonl(path, {"b": 2}, fsync=True)
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"c"')
+    assert read_jsonl(path, repair=True) == [{"a": "caf\u00e9"}, {"b": 2}] and path.read_bytes() == complete
+    for line, says in ((b"[1]", "line 3: expected a JSON object, found list"), (b"{", "line 3: not JSON")):
+        path.write_bytes(complete + line + b"\n")
+        with pytest.raises(UserError, match=says):
+            read_jsonl(path, repair=True)
+    assert read_jsonl(tmp_path / "missing.jsonl") == []
+
+
+# --- one line at the end
+
+
+def ended(function, capsys) -> int:
+    """The exit status of a script whose main function this is."""
+    with pytest.raises(SystemExit) as left:
+        errors.main(function)
+    return left.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("two\nlines"), 2, "error: two lines"),
+        (errors.Stopped("stopped", 143), 143, "stopped"),
+        (PermissionError(errno.EACCES, "denied", "a.csv"), 2, "error: a.csv: Permission denied; name another place"),
+        (PermissionError(errno.EPERM, "denied"), 2, "error: a file of the output folder: Operation not permitted; "),
+        (PermissionError("denied"), 2, "error: a file of the output folder: Permission denied; "),
+        (OSError(errno.ENOSPC, "full", "a"), 1, "error: no space left on the disk while writing a; "),
+        (ValueError("I/O error (os error 28)"), 1, "error: no space left on the disk while writing a file of "),
+    ],
+)
+def test_the_line_and_the_status(error, status, line, capsys):
+    def fail():
+        raise error
+
+    assert ended(fail, capsys) == status
+    said = capsys.readouterr().err
+    assert said.startswith(line) and said.count("\n") == 1 and "None" not in said
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        errors.main(lambda: 1 / 0)
+
+
+def process(code, *arguments, **environment):
+    """Python code in a process of its own that imports no torch."""
+    code = f"import sys, time, pathlib\nfrom socratiq.run.errors import main\n{code}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", "errors": "replace"}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env={**os.environ, **environment}, **pipes)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_text_that_a_terminal_cannot_show_ends_nothing(encoding):
+    code = "from socratiq.run.errors import bar\n"
+    code += "main(lambda: (print('\u2192 caf\u00e9 \u2603'), bar().write('\U0001f600')))"
+    out, complained = process(code, PYTHONIOENCODING=encoding, PYTHONUTF8="0").communicate()
+    assert complained == "" and out.count("\n") == 2
+    assert ("\\u2603" in out and "\\U0001f600" in out) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize(("number", "status", "line"), [(2, 130, "interrupted\n"), (15, 143, "terminated\n")])
+@pytest.mark.parametrize("importing", [True, False])
+def test_a_signal_ends_the_process_in_one_line_also_amid_imports(number, status, line, importing, tmp_path):
+    """Libraries catch exceptions around their imports: a process that went on would say so."""
+    swallow = "import time\ntry:\n    print('here', flush=True)\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "library.py").write_text(swallow)
+    wait = "import library" if importing else "print('here', flush=True)\n    time.sleep(60)"
+    job = process(
+        f"sys.path.insert(0, sys.argv[1])\ndef work():\n    {wait}\n    print('went on')\nmain(work)", str(tmp_path)
+    )
+    assert job.stdout.readline() == "here\n"
+    job.send_signal(number)
+    assert (*job.communicate(), job.returncode) == ("", line, status)
+
+
+def test_a_place_for_the_built_in_models_is_asked_for(monkeypatch, tmp_path):
+    from socratiq.models import built_in
+
+    for name in ("XDG_CACHE_HOME", "SOCRATIQ_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/dev/null")
+    with pytest.raises(UserError, match=r"set SOCRATIQ_CACHE to a folder that can be written$"):
+        built_in("tiny")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home folder at all
+    with pytest.raises(UserError, match="set SOCRATIQ_CACHE"):
+        built_in("tiny")
