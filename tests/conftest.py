@@ -21,10 +21,7 @@ def scripts():
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs), scorer/ and deep_scorer/.
-
-    In turned.jsonl the held-out texts are asked about in other words: what is learnt from the rest makes that worse.
-    """
+    """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs), scorer/ and deep_scorer/."""
     folder = tmp_path_factory.mktemp("inputs")
     make_inputs(folder)
     return folder
@@ -71,23 +68,11 @@ def make_inputs(folder: Path) -> None:
     for subject in subjects:
         context = f"I think that {subject} are good."
         questions = {"Clarity": f"What do you mean by good {subject}?", "Analogy": f"Are {subject} really like clouds?"}
-        for type, question in questions.items():
-            rows.append({"context": context, "question": question, "type": type})
-            other = next(text for name, text in questions.items() if name != type)
-            pairs.append(
-                {
-                    "prompt": build_prompt(context, type),
-                    "chosen": question,
-                    "rejected": other,
-                    "context": context,
-                    "type": type,
-                }
-            )
-    held_out = {row.context for row in split_by_context([Row(*row.values(), "") for row in rows], 0.2, seed=0)[1]}
-    turned = [
-        {**row, "question": f"Qua zyx {n} vj?"} if row["context"] in held_out else row for n, row in enumerate(rows)
-    ]
-    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs), ("turned.jsonl", turned)):
+        for (kind, question), other in zip(questions.items(), reversed(questions.values()), strict=True):
+            about = {"context": context, "type": kind}
+            rows.append({**about, "question": question})
+            pairs.append({**about, "prompt": build_prompt(context, kind), "chosen": question, "rejected": other})
+    for name, lines in (("rows.jsonl", rows), ("pairs.jsonl", pairs)):
         (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     every_row = [Row(row["context"], row["question"], row["type"], "") for row in rows]
     learn_from = split_by_context(every_row, 0.3, seed=0)[0]  # one that has seen held-out texts is refused

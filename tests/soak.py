@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from conftest import make_inputs
 from fault_server import QUESTIONS, FaultServer, good_question
 from scripts import Scripts, told
-from test_resume import CASES, WHILE_AT_WORK, command, contents
+from test_resume import CASES, command, contents, left_over
 
 from socratiq.pairs.answers import digest
 
@@ -67,8 +67,7 @@ def soak_training(case: str, kills: int, scripts, inputs: Path, folder: Path, ta
         start = partial(scripts.start, command(case, inputs), cwd=place)
         kill_until_done(start, min(6, kills), chance, counts, seconds, tally)
         assert contents(place / "out") == wanted, f"{case}: other bytes in {place}"
-        left = {path.name for path in (place / "out").iterdir()}
-        assert not left & WHILE_AT_WORK and not any(name.startswith(".") for name in left), left
+        assert not left_over(place / "out"), place
         runs += 1
     return runs
 

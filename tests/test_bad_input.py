@@ -378,13 +378,16 @@ RUNS = [
     ([*PPO, "--reward", "json:__name__"], "--reward json:__name__: __name__ is no function"),
     # ---- places
     ([*SFT, "--out", "folder"], "--out folder exists and is no run of train_sft.py; name another place"),
-    ([*SFT, "--out", "file"], "--out file: file is a file, not a folder; name another place"),
-    ([*SFT, "--out", "file/below"], "--out file/below: ...file is a file, not a folder; name another place"),
-    ([*SFT, "--out", "dpo"], "--out dpo holds a run of train_dpo.py; name another place"),
-    ([*SFT, "--out", "ppo"], "--out ppo holds a run of train_ppo.py; name another place"),
+    ([*SFT, "--out", "file"], "--out file: file is not a folder that can be written; name another place"),
+    (
+        [*SFT, "--out", "file/below"],
+        "--out file/below: ...file is not a folder that can be written; name another place",
+    ),
+    ([*SFT, "--out", "dpo"], "--out dpo exists and is no run of train_sft.py; name another place"),
+    ([*SFT, "--out", "ppo"], "--out ppo exists and is no run of train_sft.py; name another place"),
     (
         [*SFT, "--out", "sft"],
-        "sft was begun with --accumulate 9, now it is 1; use the old value, --restart to begin anew, or another --out",
+        "sft was begun with --accumulate 9, now it is 1; use the old one, --restart to begin anew, or another --out",
     ),
     (
         [*PAIRING, "--out", "folder"],

@@ -167,8 +167,9 @@ def test_two_processes_in_bfloat16(launch, folder):
     assert any(x.abs().max() > 1e-4 for name, x in adapter.items() if "lora_B" in name), "learnt, not merely loaded"
 
 
-@pytest.mark.parametrize("stage", ["sft-full", "dpo-lora", "ppo-full"])
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "stage, before, after", [("sft-full", 2, 1), ("dpo-lora", 2, 1), ("dpo-lora", 1, 2), ("ppo-full", 2, 3)]
+)
 def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, stage, before, after):
     out = folder / f"{before}-to-{after}" / stage
     finish(launch(before, STAGES[stage], out, patch="test_distributed:stop_at_2"), expect=143)
@@ -178,10 +179,9 @@ def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, s
     assert_same(alone / stage, out)
 
 
-@pytest.mark.parametrize("stage", ["sft-full", "ppo-full"])
-def test_no_process_writes_more_than_its_part(launch, folder, alone, stage):
-    out = folder / "parts" / stage
-    arguments = (*STAGES[stage], "--checkpoint-every", 1)
+def test_no_process_writes_more_than_its_part(launch, folder):
+    out = folder / "parts"
+    arguments = (*STAGES["ppo-full"], "--checkpoint-every", 1)
     finish(launch(2, arguments, out, patch="test_distributed:stop_at_2"), expect=143)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"], "the one before is gone"
     assert not load_file(out / "checkpoint.safetensors"), "it holds the state alone"
@@ -282,19 +282,8 @@ def exchange():
     from socratiq.run.errors import UserError
 
     distributed.join("cpu")
-    items = [
-        [1, [2, 3]],
-        "d\u00e9j\u00e0 vu?",
-        torch.tensor([0.1, torch.inf, torch.nan]),
-        torch.tensor([[7], [8]]),
-        0.1,
-    ]
-    back = distributed.collect(distributed.share(items), len(items))
-    for mine, theirs in zip(items, back, strict=True):
-        if isinstance(mine, torch.Tensor):
-            torch.testing.assert_close(theirs, mine, rtol=0, atol=0, equal_nan=True)  # and of one type
-        else:
-            assert theirs == mine
+    items = [[1, [2, 3]], "d\u00e9j\u00e0 vu?", 0.1, {"a": None}, ()]
+    assert distributed.collect(distributed.share(items), len(items)) == items
     assert distributed.collect(distributed.share([5], 0), 1) == [5], "one process has the filler alone"
     assert distributed.first(lambda: {"rank": distributed.rank()}) == {"rank": 0}
 

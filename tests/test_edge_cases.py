@@ -2,13 +2,10 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from scripts import told
-from test_resume import command, contents
+from test_resume import command
 
 
 def metrics(out: Path) -> list[dict]:
@@ -143,43 +140,13 @@ def test_more_tokens_than_positions(case, more, named, short, scripts, inputs, t
 def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_path):
     """A model that is NaN on one text: the run stops before the weights change, and names that text's row."""
     own = snowman(inputs, tmp_path)
-    arguments = [*command(case, own), "--model", str(poisoned), "--batch-size", "8", "--accumulate", "2"]
+    arguments = [*command(case, own), "--model", str(poisoned), "--batch-size", "8"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
-    named = complained.partition(", ")[2].partition(": loss nan, gradient norm nan")[0]
+    assert ": loss is nan, gradient norm is nan; the rows were " in complained
     lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} line {n}" for n in (11, 12)}
-    assert set(named.split(", ")) <= lines
-    assert "not finite" in complained and "nonfinite/step-" in complained
+    assert any(line in complained for line in lines) and "the weights are as before" in complained
     assert not (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
-def test_skipped_updates(case, poisoned, scripts, inputs, tmp_path):
-    """With --skip-nonfinite the run comes to its end, its weights finite; killed on the way, with the same bytes."""
-    own = snowman(inputs, tmp_path)
-    arguments = [*command(case, own), "--model", str(poisoned), "--held-out", "0", "--steps", "6"]
-    arguments += ["--skip-nonfinite", "9"]
-    status, said, complained = scripts.run(arguments, cwd=tmp_path, at=-1)
-    assert status == 0 and 0 < complained.count("; skipped\n") == complained.count("\n") <= 9
-    lines = metrics(tmp_path / "out")
-    assert [line["step"] for line in lines] == list(range(1, 7))
-    skipped = complained.count("; skipped\n")
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["skipped"] == skipped
-    adapters = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
-    assert all(x.isfinite().all() for x in adapters.values())
-    assert any(x.any() for name, x in adapters.items() if "lora_B" in name)  # it has learnt from the other updates
-    if case == "ppo":
-        assert {line["updates"] for line in lines} == {0, 4} and "asked for" in complained
-    else:
-        assert sum(line["loss"] is None for line in lines) == skipped
-
-    wanted = contents(tmp_path / "out")
-    shutil.rmtree(tmp_path / "out")
-    operations = told(said)["after"]
-    for at in (operations // 3, operations // 3, None):
-        status, _, _ = scripts.run(arguments, cwd=tmp_path, at=at)
-        assert status == (0 if at is None else -signal.SIGKILL)
-    assert contents(tmp_path / "out") == wanted
 
 
 REWARDS = """
@@ -203,23 +170,18 @@ def huge(contexts, questions, types):
 
 @pytest.mark.parametrize(
     ("function", "named"),
-    [("once_nan", "reward nan for '"), ("infinite", "reward inf for '"), ("huge", "ppo step 1, ")],
+    [
+        ("once_nan", "ppo step 2: the sum of the rewards is nan; "),  # call 1 evaluates, call 2 is step 1
+        ("infinite", "ppo step 1: the sum of the rewards is inf; "),
+        ("huge", "ppo step 1: "),
+    ],
 )
 def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     arguments = [*command("ppo", inputs), "--reward", f"rewards:{function}", "--kl-target", "0.1"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
-    assert status == 2 and complained.count("\n") == 1 and complained.startswith("error: ppo step ")
-    assert named in complained and "rows.jsonl line " in complained and "asked for" in complained
-    if function == "once_nan":  # call 1 evaluates, call 2 is step 1
-        assert complained.startswith("error: ppo step 2, ") and "1 not finite" in complained
-        shutil.rmtree(tmp_path / "out")
-        status, _, complained = scripts.run([*arguments, "--skip-nonfinite", "1"], cwd=tmp_path)
-        assert status == 0 and complained.count("; skipped\n") == 1
-        steps = metrics(tmp_path / "out")[1:]
-        assert [line["updates"] for line in steps] == [4, 0, 4]
-        assert steps[2]["objective/kl_coef"] == steps[1]["objective/kl_coef"] != steps[0]["objective/kl_coef"]
-        assert "NaN" not in (tmp_path / "out" / "samples.jsonl").read_text()
+    assert status == 2 and complained.count("\n") == 1 and complained.startswith(f"error: {named}")
+    assert "rows.jsonl line " in complained and "asked for" in complained
 
 
 def test_repetition_costs_with_diversity(scripts, inputs, tmp_path):
@@ -237,4 +199,4 @@ def test_repetition_costs_with_diversity(scripts, inputs, tmp_path):
 def test_weights_that_run_away(scripts, inputs, tmp_path):
     """An absurd learning rate: the run stops in the step after, with one line, instead of training on NaN."""
     status, _, complained = scripts.run([*command("sft", inputs), "--lr", "1e30", "--warmup", "0"], cwd=tmp_path)
-    assert status == 2 and complained.startswith("error: sft step 2, ") and complained.count("\n") == 1
+    assert status == 2 and complained.startswith("error: sft step 2: ") and complained.count("\n") == 1
