@@ -50,20 +50,8 @@ def make_inputs(folder: Path) -> None:
     from socratiq.scorer.language_model import open_language_model
     from socratiq.scorer.scorer import Scorer
 
-    subjects = [
-        "dogs",
-        "trams",
-        "taxes",
-        "farms",
-        "films",
-        "bikes",
-        "books",
-        "games",
-        "ships",
-        "birds",
-        "songs",
-        "roads",
-    ]
+    subjects = ["dogs", "trams", "taxes", "farms", "films", "bikes"]
+    subjects += ["books", "games", "ships", "birds", "songs", "roads"]
     rows, pairs = [], []
     for subject in subjects:
         context = f"I think that {subject} are good."
