@@ -365,8 +365,8 @@ class Runner:
         self.killed, self.survivors = [], []
 
     def pytest_runtestloop(self, session):
-        global items
-        items = session.items  # collected once, inherited by every fork
+        global tests
+        tests = [(item, item.nodeid + inspect.getsource(item.function)) for item in session.items]  # for every fork
         source = LOSSES.read_text()
         mutants = [(function, mutate(source, function, old, new)) for function, old, new in self.listed]
         with multiprocessing.get_context("fork").Pool(self.jobs, maxtasksperchild=1) as pool:
@@ -396,9 +396,9 @@ def killer(mutant):
         exec(compile(source, str(LOSSES), "exec"), vars(losses))
     except Exception as error:
         return f"the import: {error}"
-    names = vars(items[0].module)
+    names = vars(tests[0][0].module)
     names.update({name: value for name, value in vars(losses).items() if name in names and not name.startswith("__")})
-    for item in sorted(items, key=lambda item: function not in item.nodeid + inspect.getsource(item.function)):
+    for item, _ in sorted(tests, key=lambda test: function not in test[1]):  # first the tests that name the function
         if any(report.failed for report in runtestprotocol(item, nextitem=None, log=False)):
             return item.nodeid.partition("::")[2]
     return None
