@@ -321,6 +321,8 @@ def test_the_healthy_range_is_shaded_only_where_it_can_be_seen():
     assert shaded(points, 0.4, 0.55) and shaded(points, 0.55, math.inf) and not shaded(points, 90, 100)
     assert shaded(points, 0.9, 1.1, relative=True) and not shaded(points, 2, 3, relative=True)
     assert shaded([(0, -50.0), (1, -52.0)], 0.9, 1.1, relative=True)
+    assert shaded([(0, 0.0), (1, 0.1)], 1, math.inf, relative=True)  # 0 times infinity is no number
+    assert not shaded([(0, -1.0), (1, -1.5)], 0.1, math.inf, relative=True)
     jagged = [(i, float(10 * (i % 2))) for i in range(60)]  # begins at 0, its average at 5
     assert shaded(jagged, 1, 1.4, relative=True)
 

@@ -1,6 +1,7 @@
 """Curves over steps as inline SVG, drawn by matplotlib. Colours are CSS variables, so that light and dark reach in."""
 
 import io
+import math
 import re
 from collections.abc import Sequence
 
@@ -48,7 +49,8 @@ def draw(curves: Sequence[tuple[str, Points, str]], row: Metric, run: str) -> st
                 y = smooth(y)
             axes.plot(x, y, lw=2.2, marker="o" if dots else None, ms=6, mec=CODES["card"], **style)
             start = y[0] if start is None else start  # of the first curve
-        band = sorted(limit * (start if row.relative else 1) for limit in row.band)
+        scale = start if row.relative else 1
+        band = sorted(limit if math.isinf(limit) else limit * scale for limit in row.band)
         low, high = limits(values, [0, *band, *row.mark[:1]])
         axes.set_ylim(low, high)
         if band and band[0] < high and band[1] > low:

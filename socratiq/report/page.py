@@ -99,7 +99,7 @@ def read_runs(folder: Path) -> list[Run]:
     runs = []
     for path in sorted(folder.glob("*/train_args.json")):
         args, place, end = read_json(path), path.parent, path.with_name("summary.json")
-        stage = args.get("stage", place.name)
+        stage = str(args.get("stage", place.name))
         series: dict[str, list] = {}
         if stage in TRAINED:
             for row in read_lines(place / "metrics.jsonl") + read_lines(place / "timings.jsonl"):
