@@ -50,7 +50,6 @@ from socratiq.run import options as cli
 from socratiq.run.errors import UserError, bar, main, warn
 from socratiq.run.files import atomic_write, remove, to_json
 from socratiq.run.folder import fingerprint
-from socratiq.scorer import fit
 from socratiq.scorer.gates import GATES
 
 VERIFIED_AT_ONCE = 64
@@ -165,13 +164,12 @@ def open_scorer(args, rows: list[Row], held_out: set[str]):
     """The saved scorer of --scorer, or a new one. It learns neither from held-out texts nor from the judge's."""
     from socratiq.scorer.grading import rows_to_learn_from
     from socratiq.scorer.language_model import open_language_model
-    from socratiq.scorer.reward import load_scorer
+    from socratiq.scorer.reward import check_unseen, load_scorer
     from socratiq.scorer.scorer import Scorer
 
     if (args.scorer / "scorer.json").exists():
         scorer = load_scorer(args.scorer, args.device, args.dtype)
-        settings = scorer.settings
-        fit.check_unseen("scorer", args, settings.get("texts"), held_out, settings.get("model", "none"))
+        check_unseen(scorer, held_out, args.scorer)
         return scorer
     lm = open_language_model(args.scorer_model, args.device, args.dtype)
     return Scorer.fit(rows_to_learn_from(rows, args.held_out, args.seed)[1], lm=lm)
@@ -183,18 +181,11 @@ def grade(rows: list[Row], held_out: set[str], lm) -> list[dict[str, tuple[float
     Training texts are graded by cross-validation among themselves, held-out ones by a scorer fitted on all training
     texts: no label of a held-out text has a say in a training pair.
     """
-    from socratiq.scorer.scorer import Scorer, cross_validate
+    from socratiq.scorer.scorer import cross_validate
 
-    train, held = ([row for row in rows if (row.context in held_out) == out] for out in (False, True))
-    graded = {}
-    for part, grader in ((train, cross_validate(train, lm=lm)), (held, Scorer.fit(train, lm=lm, only_strengths=True))):
-        asked = [row.context for row in part], [row.question for row in part]
-        found = (
-            [grader.strengths, grader.highest] if part is train else [grader.strengths(*asked), grader.highest(*asked)]
-        )
-        for row, *both in zip(part, *(strengths.tolist() for strengths in found), strict=True):
-            graded[row] = dict(zip(grader.types, zip(*both, strict=True), strict=True))
-    return [graded[row] for row in rows]
+    found = cross_validate(rows, lm=lm, held_out=held_out)
+    graded = zip(found.strengths.tolist(), found.highest.tolist(), strict=True)
+    return [dict(zip(found.types, zip(*both, strict=True), strict=True)) for both in graded]
 
 
 def choose(jobs: list[Job], chosen_min: float) -> None:
@@ -222,7 +213,7 @@ def verify(jobs: list[Job], answers: list[Answer], scorer, args) -> None:
     parts = scorer.graded(*columns, [job.type for job in readable])[1]
     for index, job in enumerate(readable):
         found = {name: values[index].item() for name, values in parts.items()}
-        low = [gate.failed for name, gate in GATES.items() if found.get(name, 1) < 0.5]
+        low = [fault for name, fault in GATES.items() if found.get(name, 1) < 0.5]
         if max(found.get(name, 0) for name in ("strength", "ngrams", "probe")) > args.rejected_max:
             low.append("still of the unwanted type")
         found = {name: round(value, 4) for name, value in found.items()}

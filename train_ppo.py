@@ -35,6 +35,7 @@ def parse_arguments():
     add("--data", type=options.source, default="sample", help='texts: "sample", "socratiq", a file, a folder')
     add("--held-out", type=options.fraction, default=0.1, help="share of the contexts kept for evaluation")
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward")
+    add("--allow-bare-scorer", action="store_true", help="take a scorer without a language model, which PPO soon games")
     add("--reward", metavar="MODULE:FUNCTION", help="a reward of your own: f(contexts, questions, types) -> floats")
     add("--missing-eos-penalty", type=options.not_negative, default=1.0, help="taken off the score without an end")
     add = parser.add_argument_group("rollout").add_argument

@@ -4,7 +4,7 @@
     python bench/scorer_ablation.py --data rows.csv --model smollm2 --texts 300  # with a language model: long on a CPU
 
 Every row is graded by a scorer that saw neither it nor its text. AUC: how often a genuine question, asked for its own
-type, earns more than an attack.
+type, earns more than an attack. Nothing in the scorer is fitted on any of the attacks (tests/attacks.py).
 """
 
 import argparse
@@ -14,39 +14,34 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from attacks import Attack, another_text, auc, degenerate, rare_word
+
 from socratiq.data import load_rows
-from socratiq.scorer import attacks
-from socratiq.scorer.grading import auc, figures, place
+from socratiq.scorer.gates import GATES
+from socratiq.scorer.grading import place
 from socratiq.scorer.language_model import open_language_model
-from socratiq.scorer.scorer import EXPONENT, GATES, Scorer
+from socratiq.scorer.scorer import EXPONENT, Scorer, cross_validate
 
 
-def groups(scorer: Scorer, held, broken_texts: int) -> dict[str, list[attacks.Attack]]:
-    """Genuine questions and those that should earn less, as (kind, context, question, type)."""
+def groups(scorer: Scorer, held, broken_rows: int) -> dict[str, list[Attack]]:
+    """Genuine questions and those that should earn less."""
     typed = [r for r in held if r.type in scorer.types]
-    broken = attacks.degenerate(typed[:broken_texts])
-    own = [attacks.Attack("own", r.context, r.question, r.type) for r in typed]
-    wrong = [a._replace(type=t) for a in own for t in scorer.types if t != a.type]
+    own = [Attack("own", r.context, r.question, r.type) for r in typed]
     negatives = [r for r in held if r.type == "others"]
     strongest = scorer.strengths([r.context for r in negatives], [r.question for r in negatives]).argmax(1)
-    others = [
-        attacks.Attack("others", r.context, r.question, scorer.types[i])  # for the type it looks most like
+    others = [  # for the type it looks most like
+        Attack("others", r.context, r.question, scorer.types[i])
         for r, i in zip(negatives, strongest.tolist(), strict=True)
     ]
     return {
         "own": own,
-        "wrong type": wrong,
-        "another text": attacks.another_text(typed),
+        "wrong type": [a._replace(type=t) for a in own for t in scorer.types if t != a.type],
+        "another text": another_text(typed),
         "others": others,
-        "degenerate": broken,
-        "- mended": [in_sentence_case(attack) for attack in broken],
-        "rare word": attacks.rare_word(typed),
+        "broken": degenerate(typed[:broken_rows]),
+        "rare word": rare_word(typed),
     }
-
-
-def in_sentence_case(attack: attacks.Attack) -> attacks.Attack:
-    """With its capitals mended, as whoever knows of `gates.Sentence` would write it."""
-    return attack._replace(question=attack.question[:1].upper() + attack.question[1:].lower())
 
 
 def main() -> None:
@@ -57,51 +52,40 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--texts", type=int, default=10**9, help="grade the rows of this many texts only")
     parser.add_argument("--broken", type=int, default=20, help="rows of each fold that are broken in every way")
-    parser.add_argument("--keep", type=Path, help="write all graded strings there (torch), to look at")
     args = parser.parse_args()
 
     rows = load_rows(args.data)
     lm = open_language_model(args.model, args.device, args.dtype)
+    print(f"{cross_validate(rows, lm=lm)}\n", flush=True)
     graded_texts = set(sorted({r.context for r in rows}, key=place)[: args.texts])
-    strings: dict[str, list] = {}
-    parts: dict[str, list] = {}
-    unseen, labels = [], []
+    kinds: list[str] = []  # of the broken strings
+    found: dict[str, dict[str, list]] = {}
     for fold in range(5):
         scorer = Scorer.fit([r for r in rows if place(r.context) % 5 != fold], lm=lm)
-        held = [r for r in rows if place(r.context) % 5 == fold]
-        unseen.append(scorer.strengths([r.context for r in held], [r.question for r in held]))
-        labels += [r.type for r in held]
-        held = [r for r in held if r.context in graded_texts or r.type == "others"]
-        for name, some in groups(scorer, held, args.broken).items():
-            strings.setdefault(name, []).extend(some)
-            parts.setdefault(name, []).append(scorer.components(*zip(*[a[1:] for a in some], strict=True)))
-    found = {name: {part: torch.cat([p[part] for p in some]) for part in some[0]} for name, some in parts.items()}
-    if args.keep:
-        torch.save((strings, found), args.keep)
+        held = [r for r in rows if place(r.context) % 5 == fold and (r.context in graded_texts or r.type == "others")]
+        for name, strings in groups(scorer, held, args.broken).items():
+            kinds += [a.kind for a in strings] if name == "broken" else []
+            for part, values in scorer.graded(*zip(*[a[1:] for a in strings], strict=True))[1].items():
+                power = EXPONENT if part not in GATES else 1
+                found.setdefault(name, {}).setdefault(part, []).append(values**power)
+    parts = {name: {part: torch.cat(values) for part, values in of.items()} for name, of in found.items()}
 
-    print(f"{figures(scorer.types, torch.cat(unseen), labels)}\n")
-    for parts_of in found.values():  # as the reward counts it
-        parts_of |= {name: parts_of[name] ** EXPONENT for name in ("strength", "ngrams", "probe") if name in parts_of}
-    factors = ["strength", *(name for name in GATES if name in found["own"])]
+    factors = ["strength", *(name for name in GATES if name in parts["own"])]
     forms = {"all": factors} | {f"without {f}": [g for g in factors if g != f] for f in factors}
-    forms["strength alone"] = ["strength"]
-    if lm is not None:
-        forms |= {"n-grams for strength": ["ngrams", *factors[1:]], "probe for strength": ["probe", *factors[1:]]}
-    against = [name for name in found if name != "own"]
+    forms |= {f"{name} for strength": [name, *factors[1:]] for name in ("ngrams", "probe") if name in parts["own"]}
+    against = [name for name in parts if name != "own"]
     print(f"{'reward':<24}{'mean':>7}{'< .10':>7}" + "".join(f"{name:>14}" for name in against))
     for form, used in forms.items():
-        value = {name: torch.stack([x[f] for f in used]).prod(0) for name, x in found.items()}
+        value = {name: torch.stack([of[f] for f in used]).prod(0) for name, of in parts.items()}
         own = value["own"]
         cells = [f"{form:<24}{own.mean():>7.3f}{(own < 0.1).float().mean():>7.3f}"]
         print("".join(cells + [f"{auc(own, value[name]):>14.3f}" for name in against]))
-    print()
-    rewards = torch.stack([found["degenerate"][f] for f in factors]).prod(0)
-    kinds = [a.kind for a in strings["degenerate"]]
-    mean = torch.stack([found["own"][f] for f in factors]).prod(0).mean()
-    print(f"{'kind':<24}{'strings':>8}{'mean':>8}{'highest':>9}{'above mean genuine':>20}")
+
+    broken, mean = (torch.stack([parts[name][f] for f in factors]).prod(0) for name in ("broken", "own"))
+    print(f"\n{'kind':<24}{'strings':>8}{'mean':>8}{'highest':>9}{'above mean genuine':>20}")
     for kind in sorted(set(kinds)):
-        x = rewards[torch.tensor([k == kind for k in kinds])]
-        print(f"{kind:<24}{len(x):>8}{x.mean():>8.3f}{x.max():>9.3f}{(x > mean).float().mean():>20.1%}")
+        x = broken[torch.tensor([k == kind for k in kinds])]
+        print(f"{kind:<24}{len(x):>8}{x.mean():>8.3f}{x.max():>9.3f}{(x > mean.mean()).float().mean():>20.1%}")
 
 
 if __name__ == "__main__":

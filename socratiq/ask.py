@@ -106,8 +106,8 @@ def line(record: dict, type_name: str) -> str:
     text = "".join(letter if letter.isprintable() else " " for letter in record["question"])
     parts = record.get("parts", {})
     against = [f"reads as {record['reads_as']}"] if record.get("reads_as", type_name) != type_name else []
-    low = sorted((parts[name], gate.title) for name, gate in GATES.items() if parts.get(name, 1) < LOW)
-    against += [f"low {title}, {value:.2f}" for value, title in low[:1]]
+    low = sorted((parts[name], fault) for name, fault in GATES.items() if parts.get(name, 1) < LOW)
+    against += [f"{fault}, {value:.2f}" for value, fault in low[:1]]
     strength = f"{parts['strength']:.2f}  " if parts else ""
     return f"  {strength}{' '.join(text.split()) or '(nothing)'}" + (f"  ({'; '.join(against)})" if against else "")
 

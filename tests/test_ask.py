@@ -144,5 +144,5 @@ def test_a_fault_stands_behind_its_question():
     good = {"question": "Why?", "reads_as": "Clarity", "parts": {"strength": 0.9, "form": 1.0}}
     far = good | {"parts": {"strength": 0.9, "form": LOW - 0.1, "relatedness": 0.1, "probe": 0.01}}
     assert ask.line(good, "Clarity") == "  0.90  Why?"
-    assert ask.line(far, "Clarity") == "  0.90  Why?  (low relatedness to the text, 0.10)"
-    assert ask.line(far, "Analogy") == "  0.90  Why?  (reads as Clarity; low relatedness to the text, 0.10)"
+    assert ask.line(far, "Clarity") == "  0.90  Why?  (not about the text, 0.10)"
+    assert ask.line(far, "Analogy") == "  0.90  Why?  (reads as Clarity; not about the text, 0.10)"

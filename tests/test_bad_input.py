@@ -242,7 +242,18 @@ SFT = ["train_sft", "--model", "tiny", "--data", "two.jsonl", "--steps", "1"]
 PAIRING = ["make_pairs", "--policy", "tiny", "--writer", "local", "--data", "two.jsonl", "--scorer", "scorer.new"]
 PAIRING += ["--scorer-model", "none"]
 DPO = ["train_dpo", "--model", "tiny", "--pairs", "pairs.jsonl", "--steps", "1"]
-PPO = ["train_ppo", "--model", "tiny", "--data", "two.jsonl", "--steps", "1", "--scorer", "scorer"]
+PPO = [
+    "train_ppo",
+    "--model",
+    "tiny",
+    "--data",
+    "two.jsonl",
+    "--steps",
+    "1",
+    "--scorer",
+    "scorer",
+    "--allow-bare-scorer",
+]
 
 ARGUMENTS = [  # before anything slow is imported
     (
@@ -365,16 +376,19 @@ RUNS = [
     ([*PPO, "--scorer", "garbled"], "garbled: no scorer that can be read (...); fit one with ..."),
     (
         [*PPO, "--held-out", "0.5"],
-        "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it, or fit it anew: python -m socratiq.scorer "
-        "--data two.jsonl --held-out 0.5 --seed 0 --out scorer",
+        "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it and make_pairs.py will fit it anew, or fit "
+        "it by python -m socratiq.scorer with the same --data and --held-out",
     ),
     (
         [*PPO, "--reward", "my_reward:reward", "--data", "others.jsonl"],
         "others.jsonl: no row names a type to ask for; label some, or leave out --reward",
     ),
-    ([*PPO, "--reward", "my_reward"], "--reward my_reward: expected MODULE:FUNCTION, such as my_reward:reward"),
-    ([*PPO, "--reward", "no_such_module:reward"], "--reward no_such_module:reward: No module named 'no_such_module'"),
-    ([*PPO, "--reward", "json:gone"], "--reward json:gone: module 'json' has no attribute 'gone'"),
+    ([*PPO, "--reward", "my_reward"], "--reward my_reward: ...; expected MODULE:FUNCTION, such as my_reward:reward"),
+    (
+        [*PPO, "--reward", "no_such_module:reward"],
+        "--reward no_such_module:reward: No module named 'no_such_module'; ...",
+    ),
+    ([*PPO, "--reward", "json:gone"], "--reward json:gone: module 'json' has no attribute 'gone'; ..."),
     ([*PPO, "--reward", "json:__name__"], "--reward json:__name__: __name__ is no function"),
     # ---- places
     ([*SFT, "--out", "folder"], "--out folder exists and is no run of train_sft.py; name another place"),

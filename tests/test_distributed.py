@@ -27,7 +27,19 @@ SFT = ("train_sft.py", "--data", "{inputs}/rows.jsonl", "--batch-size", 3, "--ac
 DPO = ("train_dpo.py", "--pairs", "{inputs}/pairs.jsonl", "--batch-size", 3, "--steps", 3, "--sft-coef", 0.1)
 PPO = (
     *("train_ppo.py", "--data", "{inputs}/rows.jsonl", "--scorer", "{inputs}/scorer", "--batch-size", 5, "--steps", 3),
-    *("--samples-per-prompt", 2, "--max-new-tokens", 8, "--kl-target", 0.1, "--eval-prompts", 3, "--eval-every", 2),
+    *(
+        "--allow-bare-scorer",
+        "--samples-per-prompt",
+        2,
+        "--max-new-tokens",
+        8,
+        "--kl-target",
+        0.1,
+        "--eval-prompts",
+        3,
+        "--eval-every",
+        2,
+    ),
 )
 STAGES = {
     f"{name}-{kind}": (*arguments, *COMMON, "--lora-rank", rank)

@@ -184,18 +184,6 @@ def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path)
     assert "rows.jsonl line " in complained and "asked for" in complained
 
 
-def test_repetition_costs_with_diversity(scripts, inputs, tmp_path):
-    (tmp_path / "rewards.py").write_text(REWARDS)
-    arguments = [*command("ppo", inputs), "--reward", "rewards:one", "--diversity", "--max-new-tokens", "2"]
-    arguments += ["--kl-coef", "0", "--missing-eos-penalty", "0"]
-    status, _, complained = scripts.run(arguments, cwd=tmp_path)
-    assert (status, complained) == (0, "")
-    for line in metrics(tmp_path / "out")[1:]:
-        assert line["objective/scores"] == 1
-        assert line["objective/rlhf_reward"] == pytest.approx(line["reward/diversity"])
-        assert line["reward/diversity"] < 1 or line["diversity/near_duplicates"] == 0
-
-
 def test_weights_that_run_away(scripts, inputs, tmp_path):
     """An absurd learning rate: the run stops in the step after, with one line, instead of training on NaN."""
     status, _, complained = scripts.run([*command("sft", inputs), "--lr", "1e30", "--warmup", "0"], cwd=tmp_path)

@@ -230,7 +230,17 @@ def dpo(scripts, inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ppo(scripts, inputs, tmp_path_factory):
-    options = ["--scorer", inputs / "scorer", "--steps", 2, "--batch-size", 4, "--samples-per-prompt", 3]
+    options = [
+        "--scorer",
+        inputs / "scorer",
+        "--allow-bare-scorer",
+        "--steps",
+        2,
+        "--batch-size",
+        4,
+        "--samples-per-prompt",
+        3,
+    ]
     options += ["--minibatches", 2, "--ppo-epochs", 2, "--max-new-tokens", 8, "--temperature", 0.8, "--lr", "1e-3"]
     options += ["--eval-prompts", 2, "--target-kl", 100]
     return run(scripts, inputs, tmp_path_factory.mktemp("ppo"), "train_ppo.py", *options)

@@ -41,7 +41,7 @@ def command(case: str, inputs: Path, out: Path | str = "out") -> list[str]:
     data = f"--pairs {inputs}/pairs.jsonl" if script == "train_dpo.py" else f"--data {inputs}/rows.jsonl"
     if script == "train_ppo.py":
         data += f" --scorer {inputs}/scorer --batch-size 5 --samples-per-prompt 2 --max-new-tokens 6 --eval-every 2"
-        data += " --eval-prompts 3 --checkpoint-every 1"
+        data += " --allow-bare-scorer --eval-prompts 3 --checkpoint-every 1"
     return [script, *common.split(), *data.split(), *own]
 
 

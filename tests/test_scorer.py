@@ -1,5 +1,6 @@
-"""The scorer: strengths, calibration, gates, the second layer, files, figures; and which rows it learns from."""
+"""The scorer: strengths, calibration, gates, the language model's opinion, files, figures, and the reward."""
 
+import argparse
 import copy
 import json
 import math
@@ -7,7 +8,6 @@ import random
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import pytest
@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.run.errors import UserError
-from socratiq.scorer import fit, fluency, gates, grading, word_order
+from socratiq.scorer import gates, grading
 from socratiq.scorer import ngrams as logistic
-from socratiq.scorer.diversity import batch_diversity, diversity_factor
-from socratiq.scorer.grading import judge_split, rows_to_learn_from
+from socratiq.scorer import reward as rewards
+from socratiq.scorer.__main__ import run as fit_scorer
+from socratiq.scorer.grading import rows_to_learn_from
 from socratiq.scorer.language_model import LanguageModel, Reading
-from socratiq.scorer.scorer import VERSION, Scorer, cross_validate
+from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs
 
 TOPICS = [
     "dogs",
@@ -38,8 +39,11 @@ TOPICS = [
     "phones",
     "clocks",
     "gardens",
+    "lamps",
+    "ships",
+    "towers",
+    "bridges",
 ]
-TOPICS += ["lamps", "ships", "towers", "bridges"]
 CUES = {
     "Clarity": ("What exactly do you mean by {0} here?", "Could you define what you call {0} in this case?"),
     "Assumptions": ("Are you assuming that {0} never change?", "Do you take it for granted that {0} are good?"),
@@ -61,37 +65,21 @@ ROWS = made_rows()
 
 
 class FakeModel:
-    """Reads as a language model would that finds "matter" dull and every text helpful: no torch model behind it."""
+    """Reads as a language model would that finds "zq" odd and every shared word likely: no torch model behind it."""
 
     name = "fake"
 
     def __init__(self, seed=0.0):
         self.seed = seed
-        self.reads = 0
 
-    def forget(self):
-        pass
-
-    def read_alone(self, questions):
-        self.reads += len(questions)
+    def read(self, contexts, questions):
         found = []
-        for question in questions:
-            said = gates.words(question)
-            logprobs = torch.tensor([-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) for w in said] or [])
-            cues = ("mean", "assuming", "granted", "define", "why")
-            # and which word stands before, by the length of both: a little of the order of words
-            seen = [[float(cue == w) for cue in cues] + [float(len(v) == n) * len(w) for n in range(1, 9)]
-                    for v, w in zip(["", *said], said)]  # noqa: B905  # fmt: skip
-            hidden = torch.tensor(seen).reshape(-1, len(cues) + 8)
-            found.append(Reading([zlib.crc32(w.encode()) for w in said], logprobs - self.seed, hidden))
+        for context, question in zip(contexts, questions, strict=True):
+            said, there = gates.words(question), set(gates.words(context))
+            logprobs = [-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) + 1.5 * (w in there) - self.seed for w in said]
+            cues = [float(cue in said) for cue in ("mean", "assuming", "granted", "define", "why")]
+            found.append(Reading(torch.tensor(logprobs), torch.tensor(cues)))
         return found
-
-    def read_given(self, contexts, questions):
-        there = [set(gates.words(c)) for c in contexts]
-        return [
-            a._replace(logprobs=a.logprobs + torch.tensor([1.5 * (w in t) for w in gates.words(q)] or []))
-            for a, q, t in zip(self.read_alone(questions), questions, there, strict=True)
-        ]
 
     def signature(self):
         return [-1.0 - self.seed, -2.0]
@@ -142,7 +130,7 @@ def test_each_question_is_graded_by_itself(scorer):
 def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
     shuffled = random.Random(1).sample(ROWS, len(ROWS))
     scorer.save(tmp_path / "a")
-    Scorer.fit(shuffled, seed=7).save(tmp_path / "b")
+    Scorer.fit(shuffled).save(tmp_path / "b")
     for name in ("scorer.safetensors", "scorer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -156,7 +144,7 @@ def test_saved_and_loaded_it_says_the_same(tmp_path, scorer):
     assert sorted(file.name for file in (tmp_path / "scorer").iterdir()) == ["scorer.json", "scorer.safetensors"]
 
 
-@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list", "buckets"])
+@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list", "tensor"])
 def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
     folder = tmp_path / "scorer"
     scorer.save(folder)
@@ -169,11 +157,11 @@ def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
         (folder / "scorer.safetensors").write_bytes(data[:1000])
     elif harm == "part":
         settings = json.loads((folder / "scorer.json").read_text())
-        del settings["order"]
+        del settings["sentence"]
         (folder / "scorer.json").write_text(json.dumps(settings))
-    elif harm == "buckets":
+    elif harm == "tensor":
         tensors = load_file(folder / "scorer.safetensors")
-        tensors["buckets"] += 2**20
+        del tensors["related"]
         save_file(tensors, folder / "scorer.safetensors")
     else:
         (folder / "scorer.json").write_text("[]")
@@ -225,16 +213,8 @@ def test_a_single_row_a_single_text():
     assert torch.isfinite(reward).all() and 0 <= reward[0] <= 1
 
 
-def test_contradicting_labels_are_reported_and_survived():
-    row = ROWS[0]
-    scorer = Scorer.fit([*ROWS, row._replace(type="Reasons")])
-    assert len(scorer.warnings) == 1
-    assert row.question in scorer.warnings[0] and "Clarity and Reasons" in scorer.warnings[0]
-    assert Scorer.fit(ROWS).warnings == []
-
-
 def test_a_type_that_is_not_known_is_refused(scorer):
-    for call in (scorer.reward, scorer.components):
+    for call in (scorer.reward, scorer.graded):
         with pytest.raises(UserError, match=r"does not know the type 'Irony'; it knows Assumptions, Clarity, Reasons"):
             call(["a text"], ["Why is that?"], ["Irony"])
 
@@ -267,17 +247,14 @@ def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, lay
     rows = [r for r in ROWS if r.type != "others"][:12]
     columns = [r.context for r in rows], [r.question for r in rows], [r.type for r in rows]
     reward, parts = used.graded(*columns)
-    last = ["order", "relatedness"] if layer == "bare" else ["relatedness", "fluency"]
-    gates_of = ["form", "originality", "sentence", *last]
+    gates_of = ["form", "originality", "sentence", "relatedness"] + ["fluency"] * (layer == "deep")
     assert list(parts) == ["strength", *gates_of] + (["ngrams", "probe"] if layer == "deep" else [])
     expected = parts["strength"] ** 0.7
     for name in gates_of:
         expected = expected * parts[name]
     assert torch.allclose(reward, expected)
     assert torch.equal(reward, used.reward(*columns))
-    assert all(torch.equal(parts[name], x) for name, x in used.components(*columns).items())
     assert used.graded([], [], [])[0].shape == (0,)
-    assert all(x.shape == (0,) for x in used.graded([], [], [])[1].values())
 
 
 def test_explain_says_what_reward_and_strengths_say(deep):
@@ -342,15 +319,7 @@ def test_ramp():
     assert [down(x) for x in (0, 2, 3, 4, 9)] == [1, 1, 0.5, 0, 0]
     fitted = gates.Ramp.below([float(x) for x in range(101)], 0.1)
     assert fitted == (-30.0, 10.0)  # nine of ten pay nothing; 0 as far below the tenth as the median, 50, lies above
-    assert gates.Ramp.below([], 0.1)(5.0) == 1.0
-
-
-def test_a_slope_by_hand():
-    slope = fluency.Slope.below([float(x) for x in range(101)])
-    assert slope == (2.0, 15.0)  # the shares .02 and .15 of genuine values
-    assert [slope(x) for x in (15.0, 99.0)] == [1.0, 1.0] and slope(2.0) == pytest.approx(math.exp(-fluency.STEEP))
-    assert slope(8.5) == pytest.approx(math.exp(-0.5 * fluency.STEEP)) and slope(-99.0) == 0.0
-    assert fluency.Slope.below([3.0]) == (2.0, 3.0) and fluency.Slope.below([])(0.0) == 1.0
+    assert gates.Ramp.below([3.0], 0.1) == (2.75, 3.0)
 
 
 def test_originality_by_the_longest_copied_run():
@@ -365,112 +334,56 @@ def test_originality_by_the_longest_copied_run():
 
 def test_a_question_copied_from_the_instruction_is_not_original(scorer):
     copied = "You will see a text and you should generate one critical question in the format Clarity?"
-    parts = scorer.components(["My trams are slow."] * 2, [copied, "Are your trams slow?"], ["Clarity"] * 2)
+    parts = scorer.graded(["My trams are slow."] * 2, [copied, "Are your trams slow?"], ["Clarity"] * 2)[1]
     assert parts["originality"].tolist() == [0.0, 1.0]
-
-
-def test_word_order_knows_a_question_from_its_shuffled_words():
-    rows = load_rows("sample")
-    held = sorted({r.context for r in rows})[:15]
-    order = word_order.WordOrder.fit(*zip(*[r[:2] for r in rows if r.context not in held], strict=True))
-    genuine = [r.question for r in rows if r.context in held]
-    rng = random.Random(0)
-    shuffled = [" ".join(rng.sample(q[:-1].split(), len(q[:-1].split()))) + "?" for q in genuine]
-    assert grading.auc(order.gains(genuine), order.gains(shuffled)) > 0.96
-    assert order(genuine).mean() > 0.9
-
-
-def order_of(vocabulary, pairs, **settings):
-    """Word order by counted pairs alone: its net says nothing."""
-    size = len(vocabulary) + len(word_order.SHAPES)
-    ids = {word: i for i, word in enumerate([*vocabulary, *word_order.SHAPES])}
-    tensors = {
-        "order_pairs": torch.tensor([ids[a] * size + ids[b] for a, b in pairs]),
-        "order_counts": torch.tensor(list(pairs.values())),
-        "order_table": torch.zeros(2 * word_order.SIDE * size, 1),
-        "order_hidden": torch.zeros(1),
-        "order_out": torch.zeros(1),
-        "order_bias": torch.zeros(1),
-    }
-    return word_order.WordOrder(tensors, {"vocabulary": vocabulary, **settings})
-
-
-def test_word_order_by_hand():
-    """ "Why not?" after "Why not ask? Why ask?": starts, ends and marks are counted as words are."""
-    pairs = {("<start>", "why"): 2, ("why", "not"): 1, ("why", "ask"): 1, ("not", "ask"): 1, ("ask", "?"): 2}
-    pairs["?", "<end>"] = 2  # 9 joints
-
-    def excess(seen, expected):
-        return math.log((seen + 0.1) / (expected + 0.1))
-
-    # start why, why not, not ?, ? end
-    gains = [excess(2, 2 * 2 / 9), excess(1, 2 * 1 / 9), excess(0, 1 * 2 / 9), excess(2, 2 * 2 / 9)]
-    gain = (sum(gains) + min(gains)) / 5 + math.log(0.5)  # a net without weights gives every joint one chance in two
-    order = order_of(["why", "not", "ask", "?"], pairs, low=gain + 0.5, median=gain + 1.5)
-    assert order.gains(["Why not?"]).item() == pytest.approx(gain)
-    # half of the way from the median down to the low once more: exp(-5 / 2)
-    assert order(["Why not?"]).item() == pytest.approx(math.exp(-2.5))
-    assert order(["Why ask?"]).item() == 1.0  # it has gained more than the low
-
-
-def test_word_order_counts_what_it_is_fitted_on():
-    fitted = word_order.WordOrder.fit(["No."] * 2, ["Why not ask?", "Why ask?"])
-    size, ids = len(fitted.ids), fitted.ids
-    counts = dict(zip(fitted.tensors["order_pairs"].tolist(), fitted.tensors["order_counts"].tolist(), strict=True))
-    assert counts[ids["<start>"] * size + ids["why"]] == 2 and counts[ids["why"] * size + ids["not"]] == 1
-    assert sum(counts.values()) == 5 + 4 + 3  # the text's words and marks, too
-    assert [fitted.shape(token) for token in ("why", "going", "art", "1984", "…")] == [
-        "why", "<ing>", "<>", "<number>", "<mark>",
-    ]  # fmt: skip
-
-
-def test_the_net_of_word_order_by_hand():
-    """Of two words; each joint has the words 0 1 0 1 0 1 around it."""
-    joints = torch.tensor([[0, 1, 0, 1, 0, 1]])
-    table = torch.zeros(2 * 6, 2)
-    for place, word in enumerate(joints[0].tolist()):
-        table[place * 2 + word] = torch.tensor([1.0, -1.0])
-    table[1] = 99.0  # word 1 in the first place, which has word 0
-    hidden, out, bias = torch.tensor([0.5, 0.5]), torch.tensor([2.0, 7.0]), torch.tensor([-1.0])
-    assert word_order.whole(joints, table, hidden, out, bias).tolist() == [2 * 6.5 - 1]  # the second is below 0
-
-
-def test_broken_joints():
-    here, there = torch.arange(6).expand(6, -1), torch.arange(10, 16).expand(6, -1)
-    broken = word_order.broken_joints(here, there, torch.arange(6)[:, None])
-    assert broken.tolist() == [
-        [0, 2, 1, 3, 4, 5],
-        [0, 1, 3, 2, 4, 5],
-        [0, 1, 2, 4, 3, 5],
-        *[[0, 1, 2, 13, 14, 15]] * 3,
-    ]
 
 
 def test_a_sentence_begins_once_and_as_the_rows_do():
     asked = [
         f"{word} the tram of Ann{'' if i else ', and so will I'}?" for word in ("Is", "Was", "Ann's") for i in range(3)
     ]
-    sentence = gates.Sentence.fit(["Ann is late. Was she? It was Ann, they say."], asked)
-    assert sentence.openers == {"Is", "Was"} and sentence.capital  # Ann has a capital inside as well
-    assert all(
-        map(sentence, [*asked, "Is Ann late?", "What is said: Is it late?", "“is” means what?", "5 is what?", "¿Is?"])
-    )
+    fitted = gates.fit_sentence(["Ann is late. Was she? It was Ann, they say."], asked)
+    assert fitted == {"openers": ["Is", "Was"], "capital": True}  # Ann has a capital inside as well
+    for question in [*asked, "Is Ann late?", "What is said: Is it late?", "“is” means what?", "5 is what?", "¿Is?", ""]:
+        assert gates.sentence(question, **fitted), question
     for question in ("is Ann late?", "Ann is late Was she?", "If it is, Was it?", "If it is,\n Was it?"):
-        assert not sentence(question), question
-    assert gates.Sentence.fit([], ["why so?", *asked[:8]])("why not?")  # one of nine of these rows begins like that
-    assert gates.Sentence.fit([], [])("why not Why not?") and gates.Sentence.fit([""], ["你为什么?"] * 9)("你为什么?")
-    assert gates.Sentence.fit([], [])("") == gates.Sentence.fit([], asked)("") == 1.0
+        assert not gates.sentence(question, **fitted), question
+    loose = gates.fit_sentence([], ["why so?", *asked[:8]])  # one of nine of these rows begins like that
+    assert gates.sentence("why not?", **loose)
+    assert gates.sentence("你为什么?", **gates.fit_sentence([""], ["你为什么?"] * 9))
 
 
 def test_overlap_by_hand():
-    overlap = gates.Overlap.fit(["cats chase mice", "cats sleep", "cats sleep"])
-    assert overlap.idf == pytest.approx(
-        {"cats": math.log(3 / 2), "chas": math.log(3), "mice": math.log(3), "slee": math.log(3)}
-    )
-    best, missing = overlap("Mice eat cheese", "Do mice sleep, chaser?")
-    assert best == pytest.approx(math.log(3))  # mice
-    assert missing == pytest.approx(3 * math.log(3))  # do (never met), sleep, chaser
-    assert overlap("", "") == (0.0, 0)
+    rarity = gates.fit_rarity(["cats chase mice", "cats sleep", "cats sleep"])
+    log = math.log
+    assert rarity == pytest.approx({"cats": log(3 / 2), "chas": log(3), "mice": log(3), "slee": log(3), "": log(3)})
+    best, missing = gates.overlap("Mice eat cheese", "Do mice sleep, chaser?", rarity)
+    assert best == pytest.approx(log(3))  # mice
+    assert missing == pytest.approx(3 * log(3))  # do (never met), sleep, chaser
+    assert gates.overlap("", "", rarity) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "你为什么认为电车应该比公共汽车更便宜？",  # Chinese: 18 characters, about nine words
+        "この町の電車が遅いと思うのはなぜですか？",  # Japanese
+        "ทำไมคุณถึงคิดว่ารถรางควรถูกกว่ารถเมล์?",  # Thai
+        "आप क्यों सोचते हैं कि ट्रेन सस्ती होनी चाहिए?",  # Hindi, whose vowel signs are no letters to \w
+        "لماذا تعتقد أن القطار يجب أن يكون أرخص؟",  # Arabic
+        "왜 전차가 버스보다 더 싸야 한다고 생각하시나요?",  # Korean
+    ],
+)
+def test_form_in_other_scripts(question):
+    assert gates.form(question) == 1.0
+    assert gates.form(question[:-1]) == 0.0  # no question mark
+    assert gates.form(question[:-1] * 8 + "?") < 0.1
+    assert "".join(gates.words(question)) == "".join(question.lower()[:-1].split())
+
+
+def test_words_of_mixed_scripts():
+    assert gates.words("Why 电车, don’t 5?") == ["why", "电", "车", "don't", "5"]
+    assert gates.count_words(["why", "电", "车", "รุ", "น"]) == 2.5  # two Chinese characters a word, four Thai ones
 
 
 # --- logistic regression --------------------------------------------------------------------------------------------
@@ -493,7 +406,7 @@ def test_calibrated_makes_bold_weights_modest():
     y = (torch.rand(400, 1) < 0.7).float()
     part = [i % 4 for i in range(400)]
     bold, bold_bias = logistic.fit_probe(x, y)
-    weight, bias = logistic.calibrated(logistic.fit_probe, logistic.probe_logits, x, y, part)
+    weight, bias = logistic.calibrated(logistic.fit_probe, x, y, part)
     new = torch.randn(2000, 300)
     assert torch.sigmoid(new @ bold + bold_bias).std() > 0.2
     fair = torch.sigmoid(new @ weight + bias)
@@ -511,13 +424,12 @@ def test_ngrams_are_a_set_and_keep_order():
 
 
 def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
-    rows = ROWS[:10]
-    contexts, questions = [r.context for r in rows], [r.question for r in rows]
-    expected = (deep.by_ngrams(questions) * deep.by_probe(questions)).sqrt()
-    assert torch.allclose(deep.strengths(contexts, questions), expected)
-    highest = torch.maximum(deep.by_ngrams(questions), deep.by_probe(questions))
-    assert torch.equal(deep.highest(contexts, questions), highest) and (highest >= expected - 1e-6).all()
-    assert deep.highest([], []).shape == (0, len(deep.types))
+    rows = [r for r in ROWS if r.type != "others"][:10]
+    columns = [r.context for r in rows], [r.question for r in rows]
+    parts = deep.graded(*columns, [r.type for r in rows])[1]
+    assert torch.allclose(parts["strength"], (parts["ngrams"] * parts["probe"]).sqrt())
+    own = torch.tensor([deep.types.index(r.type) for r in rows])[:, None]
+    assert torch.allclose(deep.strengths(*columns).gather(1, own)[:, 0], parts["strength"])
 
 
 def test_fluency_and_relatedness_by_the_model(deep):
@@ -525,7 +437,7 @@ def test_fluency_and_relatedness_by_the_model(deep):
     contexts, questions, types = ([row[field] for row in rows] for field in range(3))
     other = "Nobody here has ever been to a harbour. Boats are not for us."
     fine, broken, elsewhere = (
-        deep.components(c, q, types)
+        deep.graded(c, q, types)[1]
         for c, q in (
             (contexts, questions),
             (contexts, [q.replace("think", "zqthink") for q in questions]),
@@ -539,45 +451,35 @@ def test_fluency_and_relatedness_by_the_model(deep):
 def test_signs_of_a_question_by_hand():
     logprobs = torch.tensor([-9.0, -1.0, -2.0, -6.0, -4.0])
     # low: -6, -4, -2, -1; a quarter is one of them; four words, 22 nats
-    assert fluency.plain_signs("Why do you ask?", logprobs) == pytest.approx([-4.4, -6.0, -5.0, -5.5])
-    assert fluency.plain_signs("?", logprobs[:1]) == [fluency.LEAST] * 4
-    # odds of 3 to 1 and 1 to 3: even on the whole, and both joints hold with probability 3/4 * 1/4
-    odds = torch.tensor([3.0, 1 / 3]).log()
-    assert fluency.joint_signs(odds) == pytest.approx([0.0, -math.log(3), math.log(3 / 16)], abs=1e-6)
-    assert fluency.joint_signs(odds[:0]) == [fluency.LEAST] * 3
+    signs = fluency_signs("Why do you ask?", Reading(logprobs, None))
+    assert signs == pytest.approx([-4.4, -6.0, -5.0, -5.5])
+    assert fluency_signs("?", Reading(logprobs[:1], None)) == [-math.inf] * 4
 
 
-def test_a_token_is_in_its_place_after_the_one_it_follows_in_a_question():
-    assert fluency.in_place([1, 2, 3, 9], [[1, 2, 3, 4]])[:, 0].tolist() == [1, 1, 0]
-    assert fluency.in_place([3, 4, 1, 2], [[1, 2, 3, 4]])[:, 0].tolist() == [1, 0, 1]  # the seam of its turned halves
-    assert fluency.in_place([1, 2, 7, 8], [[1, 2, 3], [6, 7, 8]])[:, 0].tolist() == [1, 0, 1]  # of two crossed
-    assert fluency.in_place([1], [[1]]).shape == (0, 1)
+def test_a_saved_scorer_has_its_language_model_again(tmp_path, deep, monkeypatch):
+    """There is one reward: the same from `fit`, from `load` and from `load_scorer`."""
+    deep.save(tmp_path)
+    opened = []
 
+    def opens(name, *where):
+        opened.append((name, *where))
+        return FakeModel()
 
-def test_every_question_is_broken_twice_the_same_way_each_time():
-    rows = sorted((r for r in ROWS if r.type != "others"), key=lambda r: (r.question, r.type, r.context))
-    broken = fluency.broken_rows(rows)
-    assert broken == fluency.broken_rows(rows) and 1.8 * len(rows) < len(broken) <= 2 * len(rows)
-    genuine = {r.question for r in rows}
-    assert not {question for _, question, _ in broken} & genuine
-    assert all(set(made_of) <= genuine for _, _, made_of in broken)
-    assert fluency.broken_rows([Row("", "Why?", "Clarity", "")]) == []  # nothing to break it with
-
-
-def test_a_model_is_handed_over_once_and_must_be_the_same(tmp_path, deep, scorer):
-    deep.save(tmp_path / "deep")
-    loaded = Scorer.load(tmp_path / "deep")
-    assert loaded.lm is None and loaded.settings["model"] == "fake"
+    monkeypatch.setattr("socratiq.scorer.scorer.open_language_model", opens)
+    monkeypatch.setattr(rewards, "open_language_model", opens)
     row = ROWS[0]
-    bare = loaded.reward([row.context], [row.question], [row.type])  # without the model: the first layer
-    assert bare == pytest.approx(scorer.reward([row.context], [row.question], [row.type]))
-    assert loaded.with_language_model(FakeModel()) is loaded
+    loaded = Scorer.load(tmp_path)
+    assert opened == []  # not before it is needed
     assert loaded.explain(row.context, row.question) == deep.explain(row.context, row.question)
-    assert loaded.with_language_model(None).lm is not None
-    with pytest.raises(UserError, match="another language model"):
-        Scorer.load(tmp_path / "deep").with_language_model(FakeModel(seed=3.0))
-    with pytest.raises(UserError, match="without a language model"):
-        Scorer.fit(ROWS[:20]).with_language_model(FakeModel())
+    assert rewards.load_scorer(tmp_path, "cpu", "float32").explain(*row[:2]) == deep.explain(*row[:2])
+    assert opened == [("fake",), ("fake", "cpu", "float32")]
+
+
+def test_another_language_model_is_refused(deep, scorer):
+    for used, lm in ((deep, FakeModel(seed=3.0)), (deep, None), (scorer, FakeModel())):
+        copied = Scorer(used.types, used.tensors, used.settings)
+        with pytest.raises(UserError, match="was fitted with another language model"):
+            copied.with_language_model(lm)
 
 
 @pytest.fixture(scope="module")
@@ -587,29 +489,27 @@ def tiny():
     return load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
 
 
-def one_by_one(policy, tokenizer, prefix: str, question: str) -> torch.Tensor:
-    """log p(token | prefix, tokens before) by a forward of its own for every question."""
+def one_by_one(policy, tokenizer, context: str, question: str) -> torch.Tensor:
+    """log p(token | context, tokens before) by a forward of its own for every question."""
     from socratiq.batch import make_batch
     from socratiq.policy import token_logprobs
     from socratiq.prompts import plain_ids
 
-    batch = make_batch([plain_ids(tokenizer, prefix)], [[plain_ids(tokenizer, question)]])
+    batch = make_batch(
+        [plain_ids(tokenizer, context) + plain_ids(tokenizer, "\n\n")], [[plain_ids(tokenizer, question)]]
+    )
     with torch.no_grad():
         return token_logprobs(policy, batch)["logprobs"][0, 0]
 
 
 def test_readings_are_those_of_one_question_at_a_time(tiny):
     lm = LanguageModel(*tiny)
-    contexts, questions = zip(*[(r.context, r.question) for r in ROWS[:9]], strict=True)
-    for question, alone in zip(questions, lm.read_alone(list(questions)), strict=True):
-        assert torch.allclose(alone.logprobs, one_by_one(*tiny, "\n\n", question), atol=1e-5)
-        again = LanguageModel(*tiny).read_alone([question])[0]  # no sibling beside it
-        assert torch.allclose(alone.features, again.features, atol=1e-4)
-    for context, question, after in zip(contexts, questions, lm.read_given(contexts, questions), strict=True):
-        assert after.ids == lm.alone[question].ids and len(after.hidden) == len(after.logprobs) == len(after.ids)
-        apart = LanguageModel(*tiny).read_given([context], [question])[0]
-        assert torch.allclose(after.logprobs, apart.logprobs, atol=1e-5)
-        assert torch.allclose(after.hidden, apart.hidden, atol=1e-4)
+    contexts, questions = zip(*[(r.context, r.question) for r in ROWS[:20]], strict=True)
+    for texts in ([""] * 20, list(contexts)):
+        for text, question, reading in zip(texts, questions, lm.read(texts, list(questions)), strict=True):
+            assert torch.allclose(reading.logprobs, one_by_one(*tiny, text, question), atol=1e-5)
+            apart = lm.read([text], [question])[0]  # no sibling beside it
+            assert torch.allclose(reading.features, apart.features, atol=1e-4)
 
 
 def test_states_are_those_of_the_middle_and_of_four_fifths():
@@ -635,22 +535,16 @@ def test_states_are_those_of_the_middle_and_of_four_fifths():
     with torch.no_grad():
         states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
     states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
-    (reading,) = LanguageModel(policy, tokenizer).read_given([text], [question])
-    assert torch.allclose(reading.hidden, torch.cat([states[5], states[8]], 1), atol=1e-4)
+    (reading,) = LanguageModel(policy, tokenizer).read([text], [question])
     wanted = torch.cat([states[5].mean(0), states[8].mean(0), states[5][-1], states[8][-1]])
     assert torch.allclose(reading.features, wanted, atol=1e-4)
 
 
-def test_it_reads_nothing_twice_and_long_texts_in_part(tiny, monkeypatch):
-    lm = LanguageModel(*tiny)
+def test_long_texts_are_read_in_part_and_empty_ones_too(tiny):
     questions = ["Why do you think so?", "", "?", "so " * 500 + "?"]
-    first = lm.read_alone(questions)
-    after = lm.read_given(["word " * 3000, "", "a", "b"], questions)
-    assert len(first[1].logprobs) == len(after[1].logprobs) == 0 and len(first[3].ids) == len(after[3].ids) == 96
-    assert all(len(a.logprobs) == len(g.logprobs) for a, g in zip(first, after, strict=True))
-    monkeypatch.setattr(lm, "_forward", None)  # would fail if called
-    assert lm.read_alone(questions)[0] is first[0]
-    assert lm.read_given(["a"], ["?"])[0] is after[2]
+    after = LanguageModel(*tiny).read(["word " * 3000, "", "a", "b"], questions)
+    assert [len(reading.logprobs) for reading in after[1:]] == [0, 2, 96]
+    assert after[1].features.abs().sum() == 0 and all(reading.features.isfinite().all() for reading in after)
 
 
 def test_it_reads_with_the_frozen_reference(tiny):
@@ -659,22 +553,21 @@ def test_it_reads_with_the_frozen_reference(tiny):
 
     policy = load_policy("tiny", "cpu", "float32", lora_rank=2)
     policy.keep_reference()
-    before = LanguageModel(policy, tiny[1]).read_alone(["Why do you think so?"])[0]
-    for parameter in policy.trainable().values():
-        torch.nn.init.normal_(parameter)
-    after = LanguageModel(policy, tiny[1]).read_alone(["Why do you think so?"])[0]
-    assert torch.equal(before.logprobs, after.logprobs) and torch.equal(before.features, after.features)
+    before, after = [], []
+    for found in (before, after):
+        found += LanguageModel(policy, tiny[1]).read(["A text."], ["Why do you think so?"])[0]
+        for parameter in policy.trainable().values():
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
 
 
 def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
-    lm = LanguageModel(*tiny, name="tiny")
     rows = ROWS[:56]
-    scorer = Scorer.fit(rows, lm=lm)
+    scorer = Scorer.fit(rows, lm=LanguageModel(*tiny, name="tiny"))
     scorer.save(tmp_path / "scorer")
-    again = Scorer.load(tmp_path / "scorer").with_language_model(LanguageModel(*tiny, name="tiny"))
     columns = [r.context for r in rows[:6]], [r.question for r in rows[:6]], ["Clarity"] * 6
-    assert torch.allclose(again.reward(*columns), scorer.reward(*columns), atol=1e-5)
-    assert set(scorer.components(*columns)) > {"fluency", "probe", "ngrams"}
+    again, parts = rewards.load_scorer(tmp_path / "scorer", "cpu", "float32").graded(*columns)
+    assert torch.equal(again, scorer.reward(*columns)) and set(parts) > {"fluency", "probe", "ngrams"}
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -682,53 +575,43 @@ def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
 
 def test_figures_by_hand():
     strengths = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.1, 0.8], [0.3, 0.4]])
-    found = grading.figures(["A", "B"], strengths, ["A", "A", "B", "others"])
+    found = grading.figures(["A", "B"], strengths, strengths, ["A", "A", "B", "others"])
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.confusion.tolist() == [[1, 1], [0, 1]]
-    assert found.f1 == pytest.approx({"A": 2 / 3, "B": 2 / 3}) and found.macro_f1 == pytest.approx(2 / 3)
-    assert found.auc == pytest.approx({"A": 1.0, "B": 1.0})
+    assert found.f1 == pytest.approx([2 / 3, 2 / 3]) and found.macro_f1 == pytest.approx(2 / 3)
     # bins of one each: .9 of a positive, .2 of a negative, .6 +, .7 -, .1 -, .8 +, .3 -, .4 -
     assert found.ece == pytest.approx((0.1 + 0.2 + 0.4 + 0.7 + 0.1 + 0.2 + 0.3 + 0.4) / 8)
-    at = {threshold: (precision, kept) for threshold, precision, kept in found.chosen}
-    assert at[0.8] == (1.0, pytest.approx(2 / 3)) and at[0.3] == (pytest.approx(2 / 3), 1.0)
-    low = {threshold: (right, own) for threshold, right, own in found.rejected}
-    assert low[0.3] == (1.0, 0.0) and math.isnan(low[0.05][0])
-    assert "macro-F1 0.667" in str(found) and "--rejected-max" in str(found)
+    assert "macro-F1 0.667" in str(found)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 5), max_size=9), st.lists(st.integers(0, 5), max_size=9))
-def test_auc_counts_pairs(high, low):
-    found = grading.auc(torch.tensor(high, dtype=torch.float), torch.tensor(low, dtype=torch.float))
-    if not high or not low:
-        assert math.isnan(found)
-    else:
-        wins = sum((a > b) + 0.5 * (a == b) for a in high for b in low)
-        assert found == pytest.approx(wins / len(high) / len(low))
+@pytest.mark.parametrize("held_out", [(), TOPICS[:3]])
+def test_cross_validation_never_shows_a_text_to_its_own_grader(monkeypatch, held_out):
+    taught = []
 
+    def fits(rows, types, features):
+        taught.append({" ".join(r.context.lower().split()) for r in rows})
+        return len(taught) - 1
 
-def test_cross_validation_never_shows_a_text_to_its_own_grader():
-    class Recorder:
-        types = ("Clarity",)
+    def graded(number, questions, features):
+        topics = [next(topic for topic in TOPICS if topic in question) for question in questions]
+        seen = [float(any(f" {topic}." in text for text in taught[number])) for topic in topics]
+        return torch.tensor(seen)[None, :, None].expand(1, len(questions), 3)
 
-        def __init__(self, rows):
-            self.seen = {" ".join(r.context.lower().split()) for r in rows}
-
-        def strengths(self, contexts, questions):
-            return torch.tensor([[float(" ".join(c.lower().split()) in self.seen)] for c in contexts])
-
-        highest = strengths
-
+    monkeypatch.setattr("socratiq.scorer.scorer.fit_strengths", fits)
+    monkeypatch.setattr("socratiq.scorer.scorer.opinions", graded)
     rows = ROWS + [r._replace(context=r.context.upper() + "  ") for r in ROWS]  # the same texts, written otherwise
-    found = grading.cross_validate(Recorder, rows)
+    held = {r.context for r in rows if any(f" {topic}." in r.context.lower() for topic in held_out)}
+    found = cross_validate(rows, held_out=held)
     assert found.strengths.shape == (len(rows), 3) and found.strengths.sum() == 0
+    assert len(taught) == 5 + bool(held_out) and all(taught)
+    assert not {" ".join(text.lower().split()) for text in held} & set().union(*taught)
 
 
 def test_cross_validation_grades_rows_where_they_stand():
     found = cross_validate(ROWS)
     assert found.accuracy > 0.95 and found.strengths.shape == (len(ROWS), 3)
     backwards = cross_validate(ROWS[::-1])
-    assert torch.allclose(found.strengths, backwards.strengths.flip(0))
+    assert torch.allclose(found.strengths, backwards.strengths.flip(0), atol=1e-3)
 
 
 def test_it_is_fast_enough_on_the_rows_that_ship():
@@ -742,31 +625,7 @@ def test_it_is_fast_enough_on_the_rows_that_ship():
     assert len(questions) / (time.process_time() - start) > 3000  # 20,000 on a quiet machine
 
 
-# --- a batch --------------------------------------------------------------------------------------------------------
-
-
-def test_batch_diversity_by_hand():
-    questions = ["Why do you think cats purr?", "Why do you think cats sing?", "What is a cat?", "Who told you that?"]
-    found = batch_diversity(questions)
-    assert found == {"diversity/repeated_openers": 0.5, "diversity/near_duplicates": 0.5}  # 5 of 7 words are shared
-    assert diversity_factor(questions) == pytest.approx([0.5**0.5, 0.5**0.5, 1.0, 1.0])
-    assert diversity_factor(["Why is it so?"] * 4) == pytest.approx([0.25] * 4)
-    assert batch_diversity([]) == {"diversity/repeated_openers": 0.0, "diversity/near_duplicates": 0.0}
-    assert diversity_factor([]) == []
-    assert batch_diversity(["", ""])["diversity/near_duplicates"] == 1.0
-
-
 # --- who learns from which texts ------------------------------------------------------------------------------------
-
-
-def test_judge_rows_and_others_share_no_text():
-    rows = load_rows("sample")
-    mine, rest = judge_split(rows)
-    assert not {r.context for r in mine} & {r.context for r in rest} and len(mine) + len(rest) == len(rows)
-    assert 0.2 < len(mine) / len(rows) < 0.6
-    assert judge_split(rows[::-1])[0] == mine[::-1]  # order plays no part
-    assert set(judge_split(rows[:200])[0]) <= set(mine)  # more rows move none
-    assert judge_split(rows, 1.0) == (rows, []) and judge_split(rows, 0.0) == ([], rows)
 
 
 def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_ones():
@@ -776,37 +635,37 @@ def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_o
     seen = [{r.context for r in part} for part in (for_judge, for_scorer)]
     assert not seen[0] & seen[1] and not (seen[0] | seen[1]) & held_out
     assert len(seen[0] | seen[1]) + len(held_out) == len({r.context for r in rows})
+    assert 0.2 < len(for_judge) / len(rows) < 0.6
+    backwards = rows_to_learn_from(rows[::-1], 0.0, 0)
+    assert [part[::-1] for part in backwards] == list(rows_to_learn_from(rows, 0.0, 0))  # order plays no part
     few = [r for r in rows if r.context in sorted(seen[1])[:2]]
-    assert rows_to_learn_from(few, 0.0, 0) == (few, few)
+    judged = few[0]._replace(type="", preference="chosen")  # a verdict on a question teaches nothing about types
+    assert rows_to_learn_from([*few, judged], 0.0, 0) == (few, few)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows_file(tmp_path) -> Path:
+def test_command_line(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
-    clear = next(r for r in rows_to_learn_from(ROWS, 0.1, 0)[1] if r.type == "Clarity")  # one the scorer learns from
-    doubled = [*ROWS, clear._replace(type="Reasons")]
-    lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in doubled]
+    lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in ROWS]
     path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def test_command_line(capsys, tmp_path, rows_file):
-    fit.fit_scorer(["--data", str(rows_file), "--out", str(tmp_path / "out"), "--folds", "3"])
+    fit_scorer(["--data", str(path), "--out", str(tmp_path / "out"), "--folds", "3"])
     said = capsys.readouterr().out
-    for text in ("macro-F1", "--chosen-min", "--rejected-max", "calibration error", str(tmp_path / "out")):
+    for text in ("macro-F1", "calibration error", str(tmp_path / "out"), "train_ppo.py will refuse it as a reward"):
         assert text in said
-    assert "is labelled Clarity and Reasons" in said
     # Without a word about it, it has not seen what is held out by default.
     held_out = {r.context for r in split_by_context(ROWS)[1]}
-    texts = Scorer.load(tmp_path / "out").settings["texts"]
+    scorer = Scorer.load(tmp_path / "out")
+    texts = scorer.settings["texts"]
     assert held_out and texts == sorted(texts) and not {grading.place(text) for text in held_out}.intersection(texts)
-    assert {grading.place(r.context) for r in ROWS} > set(texts)
-    fit.fit_scorer(["--data", str(rows_file), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
+    rewards.check_unseen(scorer, held_out, "out")
+    fit_scorer(["--data", str(path), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
     assert "will refuse it" in capsys.readouterr().out
-    assert Scorer.load(tmp_path / "all").settings["texts"] == grading.texts_of(ROWS)
+    scorer = Scorer.load(tmp_path / "all")
+    assert set(scorer.settings["texts"]) == {grading.place(r.context) for r in ROWS}
+    with pytest.raises(UserError, match=f"--scorer all was fitted on {len(held_out)} of the {len(held_out)} held-out"):
+        rewards.check_unseen(scorer, held_out, "all")
 
 
 def test_help_and_mistakes_need_no_torch():
@@ -819,3 +678,56 @@ def test_help_and_mistakes_need_no_torch():
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
         assert done.returncode == status and says in done.stdout + done.stderr, done.stderr
         assert done.stderr.count("\n") == (status != 0)
+
+
+# --- the reward of PPO ----------------------------------------------------------------------------------------------
+
+
+def ppo_arguments(**given):
+    return argparse.Namespace(
+        **{
+            "reward": None,
+            "scorer": "",
+            "data": "rows",
+            "device": "cpu",
+            "dtype": "float32",
+            "allow_bare_scorer": False,
+        }
+        | given
+    )
+
+
+def test_ppo_refuses_a_scorer_without_a_language_model(tmp_path, scorer):
+    scorer.save(tmp_path)
+    with pytest.raises(UserError, match=r"has no language model.*--allow-bare-scorer"):
+        rewards.load_reward(ppo_arguments(scorer=tmp_path), [], [])
+    allowed = rewards.load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [], [])
+    columns = [ROWS[0].context], [ROWS[0].question], ["Clarity"]
+    assert allowed.types == scorer.types and torch.equal(allowed(*columns)[0], scorer.reward(*columns))
+    with pytest.raises(UserError, match="was fitted on 1 of the 1 held-out texts"):
+        rewards.load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [ROWS[0].context], [])
+
+
+REWARDS = """
+def length(contexts, questions, types): return [len(q) for q in questions]
+def too_few(contexts, questions, types): return [1.0]
+def words(contexts, questions, types): return ["good"] * len(questions)
+def number(contexts, questions, types): return 1.0
+"""
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+
+    def reward(name):
+        return rewards.load_reward(ppo_arguments(reward=f"own_rewards:{name}"), [], ["Clarity"])
+
+    values, parts = reward("length")(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
+    assert values.tolist() == [2.0, 3.0] and values.dtype == torch.float32 and parts == {}
+    for name in ("too_few", "words", "number"):
+        with pytest.raises(UserError, match="must return 2 numbers, one a question"):
+            reward(name)(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
+    with pytest.raises(UserError, match="no row names a type"):
+        rewards.load_reward(ppo_arguments(reward="own_rewards:length"), [], [])

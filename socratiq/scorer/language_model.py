@@ -1,8 +1,7 @@
 """What a frozen language model can say about a question: is it fluent, is it about this text, of which type is it?
 
-Two short readings answer all three. Alone, after an empty line:  log p(question)  and hidden states in the middle of
-the model and late in it. After the text:  log p(question | text)  and the same states there. Questions about the same
-text hang on one run of that text.
+Two readings answer all three: log-probs and hidden states of the question after the text, and after an empty text.
+Questions about the same text hang on one run of that text.
 """
 
 from __future__ import annotations
@@ -16,116 +15,82 @@ from socratiq.batch import common_start, make_batch
 from socratiq.models import load_policy, load_tokenizer, pick_device
 from socratiq.policy import Policy, token_logprobs
 from socratiq.prompts import plain_ids
+from socratiq.run.errors import bar
 
-BETWEEN = "\n\n"  # stands between a text and the question, and alone before a question that is read alone
+BETWEEN = "\n\n"  # stands between a text and the question
 DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
-QUESTION_TOKENS, CONTEXT_TOKENS, FORWARD_TOKENS = 96, 384, 2048  # longer texts are cut; tokens run at once
-REMEMBERED = 5_000  # questions: 70 kB each
+QUESTION_TOKENS, CONTEXT_TOKENS = 96, 384  # longer ones are cut
+AT_ONCE = 16  # questions
 SENTENCE = "What do you mean by that?"
 
 
 class Reading(NamedTuple):
-    """A question read after an empty line, or after a text."""
+    """A question of n tokens after a text."""
 
-    ids: list[int]  # its n tokens
-    logprobs: torch.Tensor  # (n,) of each, given what stands before it
-    hidden: torch.Tensor  # (n, 2 H) hidden states there, at both DEPTHS
-
-    @property
-    def features(self) -> torch.Tensor:
-        """(4 H,) the mean of the states, and the last ones. Of no token it is zeros."""
-        mean = self.hidden.sum(0) / max(1, len(self.ids))
-        return torch.cat([mean, self.hidden[-1] if self.ids else mean])
+    logprobs: torch.Tensor  # (n,) of each token, given what stands before it
+    features: torch.Tensor  # (4 H,) hidden states at both DEPTHS: their mean over the tokens, and the last ones
 
 
 class LanguageModel:
-    """A frozen policy and its tokenizer, as the scorer sees them. Remembers what it has read."""
+    """A frozen policy and its tokenizer, as the scorer sees them."""
 
     def __init__(self, policy: Policy, tokenizer, name: str = ""):
         self.policy, self.tokenizer, self.name = policy, tokenizer, name
-        self.alone: dict[str, Reading] = {}
-        self.given: dict[tuple[str, str], Reading] = {}
 
-    def read_alone(self, questions: list[str]) -> list[Reading]:
-        """Every question by itself."""
-        unread = sorted({q for q in questions if q not in self.alone}, key=lambda q: (len(q), q))
-        if len(self.alone) > REMEMBERED:
-            self.alone = {q: self.alone[q] for q in questions if q in self.alone}
-        ids = {q: self._ids(q, QUESTION_TOKENS) for q in unread}
-        for part in _parts(unread, lambda q: len(ids[q]) + 1, FORWARD_TOKENS // 4):
-            # Siblings after one short prompt: a single row, in which no question sees another.
-            readings = self._forward([self._ids(BETWEEN)], [[ids[q] for q in part]])[0]
-            self.alone |= dict(zip(part, readings, strict=True))
-        return [self.alone[q] for q in questions]
-
-    def read_given(self, contexts: list[str], questions: list[str]) -> list[Reading]:
-        """Every question after its context."""
-        pairs = list(zip(contexts, questions, strict=True))
-        if len(self.given) > REMEMBERED:
-            self.given = {pair: self.given[pair] for pair in pairs if pair in self.given}
-        unread: dict[str, list[str]] = {}
-        for c, q in sorted(set(pairs) - self.given.keys()):
-            unread.setdefault(c, []).append(q)
-        prompts = {c: self._ids(c, CONTEXT_TOKENS) + self._ids(BETWEEN) for c in unread}
-        asked = {c: [self._ids(q, QUESTION_TOKENS) for q in unread[c]] for c in unread}
-        for part in _parts(list(unread), lambda c: len(prompts[c]) + sum(map(len, asked[c])), FORWARD_TOKENS):
-            widest = max(len(asked[c]) for c in part)
-            rows = [asked[c] + [[]] * (widest - len(asked[c])) for c in part]
-            for c, readings in zip(part, self._forward([prompts[c] for c in part], rows), strict=True):
-                self.given |= {(c, q): reading for q, reading in zip(unread[c], readings)}  # noqa: B905  (empty ones)
-        return [self.given[pair] for pair in pairs]
-
-    def forget(self) -> None:
-        """What a question is worth depends, in the last bits, on what it is read together with: a fresh start."""
-        self.alone, self.given = {}, {}
+    def read(self, contexts: list[str], questions: list[str]) -> list[Reading]:
+        """Every question after its context; an empty context reads it alone."""
+        asked = list(zip(contexts, questions, strict=True))
+        pairs = sorted(set(asked), key=lambda pair: (pair[0], len(pair[1]), pair[1]))
+        found: dict[tuple[str, str], Reading] = {}
+        for start in bar(range(0, len(pairs), AT_ONCE), desc="read", delay=2):
+            found |= self._forward(pairs[start : start + AT_ONCE])
+        return [found[pair] for pair in asked]
 
     def signature(self) -> list[float]:
         """Log-probs of a fixed question: tells whether another model is the one that a scorer was fitted with."""
-        return [round(x, 3) for x in self.read_alone([SENTENCE])[0].logprobs.tolist()]
+        return [round(x, 3) for x in self.read([""], [SENTENCE])[0].logprobs.tolist()]
 
     def _ids(self, text: str, longest: int | None = None) -> list[int]:
         return plain_ids(self.tokenizer, text)[:longest]
 
-    def _forward(self, prompts, completions) -> list[list[Reading]]:
-        """What completions[b][k] is after prompts[b], on the CPU in float32: one packed batch."""
-        seen: list[torch.Tensor] = []
+    def _forward(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Reading]:
+        """One packed batch of (context, question), read on the CPU in float32."""
+        asked: dict[str, list[str]] = {}
+        for context, question in pairs:
+            asked.setdefault(context, []).append(question)
+        prompts, widest = (
+            [self._ids(c, CONTEXT_TOKENS) + self._ids(BETWEEN) for c in asked],
+            max(map(len, asked.values())),
+        )
+        completions = [
+            [self._ids(q, QUESTION_TOKENS) for q in row] + [[]] * (widest - len(row)) for row in asked.values()
+        ]
+        states: list[torch.Tensor] = []
 
         def keep(module, args, output):
-            seen.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())  # (1, N, H) -> (N, H)
+            states.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())  # (1, N, H) -> (N, H)
 
         with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            most = max(1, len(layers) - 1)  # the last layer runs on scored tokens alone
-            depths = [min(most, math.ceil(depth * len(layers))) for depth in DEPTHS]
+            deepest = max(1, len(layers) - 1)  # the last layer may run on scored tokens alone
+            depths = [min(deepest, math.ceil(depth * len(layers))) for depth in DEPTHS]
             hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
             try:
                 logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
             finally:
                 for hook in hooks:
                     hook.remove()
-        shared, logprobs = common_start(prompts), logprobs.float().cpu()
-        found, start = [], shared
-        for b, row in enumerate(completions):  # end to end: the rest of the prompt, then its completions
-            start += len(prompts[b]) - shared
-            found.append([])
-            for k, ids in enumerate(row):
-                states = [layer[start : start + len(ids)] for layer in seen]  # (n, H) each
-                found[b].append(Reading(ids, logprobs[b, k, : len(ids)], torch.cat(states, 1)))
-                start += len(ids)
+        found, shared = {}, common_start(prompts)
+        rest = torch.cat(states, 1)[shared:]  # (N, 2 H), row by row: the rest of the prompt, then its completions
+        for b, (context, questions) in enumerate(asked.items()):
+            rest = rest[len(prompts[b]) - shared :]
+            for k, question in enumerate(questions):
+                n = len(completions[b][k])
+                last = rest[n - 1] if n else torch.zeros(rest.shape[1])
+                features = torch.cat([rest[:n].sum(0) / max(1, n), last])
+                found[context, question] = Reading(logprobs[b, k, :n].float().cpu(), features)
+                rest = rest[n:]
         return found
-
-
-def _parts(items: list, size, most: int):
-    """Items in runs whose sizes add up to at most `most`, one item at least."""
-    part, total = [], 0
-    for item in items:
-        if part and total + size(item) > most:
-            yield part
-            part, total = [], 0
-        part.append(item)
-        total += size(item)
-    if part:
-        yield part
 
 
 def open_language_model(name: str, device: str = "auto", dtype: str = "auto") -> LanguageModel | None:

@@ -1,15 +1,21 @@
-"""Logistic regression, by hand: one output per type, over hashed n-grams or over hidden states."""
+"""Strengths of question types by logistic regression, written by hand: one output per type.
+
+Features x are (N, D): hashed n-grams (sparse), or a language model's hidden states. Logits are x @ weight + bias.
+"""
 
 import zlib
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
+from socratiq.run.errors import UserError
 from socratiq.scorer import gates
+from socratiq.scorer.grading import place
 
 BUCKETS = 2**18  # 2,535 questions have 63,000 grams: in 2^16 most met another there, at .003 to .02 of macro-F1
-AT_ONCE = 4096  # questions whose grams are in memory together when they are graded
 L2_NGRAMS, L2_PROBE = 3e-4, 2e-5  # by cross-validation on people's labels of five types
+CALIBRATION_PARTS = 3
 
 
 def ngrams(question: str) -> list[int]:
@@ -17,98 +23,109 @@ def ngrams(question: str) -> list[int]:
     w = ["<s>", *gates.tokens(question), "</s>"]
     stems = [gates.stem(token) + "*" for token in w]
     grams = {*w, *stems}
-    grams |= {f"{a} {b}" for tokens in (w, stems) for a, b in zip(tokens, tokens[1:])}  # noqa: B905, RUF007
-    grams |= {f"{a} _ {b}" for a, b in zip(w, w[2:])}  # noqa: B905
+    grams |= {f"{a} {b}" for tokens in (w, stems) for a, b in pairwise(tokens)}
+    grams |= {f"{a} _ {b}" for a, b in zip(w, w[2:], strict=False)}
     return sorted({zlib.crc32(gram.encode()) % BUCKETS for gram in grams})
 
 
-def bags(questions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Buckets of all questions in one row (M,), and where each question's begin (N,)."""
-    ids = [ngrams(question) for question in questions]
-    sizes = torch.tensor([len(i) for i in ids], dtype=torch.long)
-    return torch.tensor([bucket for i in ids for bucket in i], dtype=torch.long), sizes.cumsum(0) - sizes
+def bags(questions: list[str]) -> torch.Tensor:
+    """(N, BUCKETS) sparse, 1.0 where a question has an n-gram of a bucket."""
+    found = [(row, bucket) for row, question in enumerate(questions) for bucket in ngrams(question)]
+    indices = torch.tensor(found, dtype=torch.long).reshape(-1, 2).T.contiguous()
+    options = {"size": (len(questions), BUCKETS), "is_coalesced": True, "check_invariants": False}
+    return torch.sparse_coo_tensor(indices, torch.ones(len(found)), **options)
 
 
-def minimise(logits, parameters: list[torch.Tensor], target: torch.Tensor, l2: float, steps: int = 60) -> None:
+def minimise(logits, parameters: list[torch.Tensor], target: torch.Tensor, l2: float) -> None:
     """Logistic regression by L-BFGS from zero: mean over rows of the cross-entropies, plus l2 / 2 |weights|^2.
 
     `logits()` gives (N, T) from the parameters (weights first, biases last); target (N, T) is 0 or 1.
     """
     for parameter in parameters:
         parameter.requires_grad_(True)
-    optimiser = torch.optim.LBFGS(parameters, max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(parameters, max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
     def loss():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = F.binary_cross_entropy_with_logits(logits(), target, reduction="sum") / len(target)
         value = value + l2 / 2 * parameters[0].square().sum()
         value.backward()
         return value
 
-    optimiser.step(loss)
+    optimizer.step(loss)
     for parameter in parameters:
         parameter.requires_grad_(False)
 
 
-def fit_ngrams(questions: list[str], target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_ngrams(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (BUCKETS, T) and bias (T,). Grams that lean to a type may weigh more than those that all share."""
-    ids, starts = bags(questions)
-    used, ids = ids.unique(return_inverse=True)  # fit only the U buckets that occur
-    row = torch.bucketize(torch.arange(len(ids)), starts, right=True) - 1
-    by_type = torch.zeros(len(used), target.shape[1]).index_add_(0, ids, target[row])
+    row, bucket = x.coalesce().indices()
+    used, bucket = bucket.unique(return_inverse=True)  # fit only the U buckets that occur
+    by_type = torch.zeros(len(used), target.shape[1]).index_add_(0, bucket, target[row])
     # Each gram's weight is w * telling: the root of its types' KL divergence from their shares in all rows.
     share, base = (by_type + 0.5) / (by_type + 0.5).sum(1, keepdim=True), (target.sum(0) + 0.5) / (target + 0.5).sum()
     telling = (share * (share / base).log()).sum(1, keepdim=True).clamp(min=0.02).sqrt()  # (U, 1)
     w, b = torch.zeros(len(used), target.shape[1]), torch.zeros(target.shape[1])
 
-    def logits():  # F.embedding_bag's gradient takes three times as long
-        return torch.zeros_like(target).index_add(0, row, (w * telling).index_select(0, ids)) + b
+    def logits():  # three times as fast as the gradient of a sparse product
+        return torch.zeros_like(target).index_add(0, row, (w * telling).index_select(0, bucket)) + b
 
     minimise(logits, [w, b], target, L2_NGRAMS)
     return torch.zeros(BUCKETS, target.shape[1]).index_copy_(0, used, w * telling), b
 
 
-def ngram_logits(questions: list[str], weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """(N, T) from weight (BUCKETS, T) and bias (T,)."""
-    logits = [torch.zeros(0, weight.shape[1])]
-    for start in range(0, len(questions), AT_ONCE):
-        ids, starts = bags(questions[start : start + AT_ONCE])
-        logits.append(F.embedding_bag(ids, weight, starts, mode="sum") + bias)
-    return torch.cat(logits)
-
-
-def probe_logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """(N, T) from features (N, D), weight (D, T) and bias (T,)."""
-    return features @ weight + bias
-
-
-def fit_probe(features: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_probe(x: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (D, T) and bias (T,) of a linear layer over hidden states (N, D), standardised while it is fitted."""
-    mean, scale = features.mean(0), features.std(0, correction=0).clamp(min=1e-6) * features.shape[1] ** 0.5
-    x = (features - mean) / scale
+    mean, scale = x.mean(0), x.std(0, correction=0).clamp(min=1e-6) * x.shape[1] ** 0.5
+    standard = (x - mean) / scale
     w, b = torch.zeros(x.shape[1], target.shape[1]), torch.zeros(target.shape[1])
-    minimise(lambda: x @ w + b, [w, b], target, L2_PROBE)
+    minimise(lambda: standard @ w + b, [w, b], target, L2_PROBE)
     w = w / scale[:, None]
     return w, b - mean @ w
 
 
-def calibrated(fit, logits, inputs, target: torch.Tensor, part: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of fit(inputs, target), scaled so that sigmoids of the logits are right about unseen rows.
+def calibrated(fit, x: torch.Tensor, target: torch.Tensor, part: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of fit(x, target), scaled so that sigmoids of the logits are right about unseen rows.
 
     Few rows give cautious weights, many give bold ones. So each part of the rows (numbered by `part`) is graded by a
-    fit to the others, and one slope and one offset for all types are learnt from those logits.
+    fit to the others, and one slope and one offset for all types are learnt from those logits (Platt 1999).
     """
-    weight, bias = fit(inputs, target)
+    weight, bias = fit(x, target)
+    if len(set(part)) == 1:
+        return weight, bias
     unseen, slope, offset = torch.zeros_like(target), torch.zeros(1), torch.zeros(1)
-    for k in sorted(set(part)) if len(set(part)) > 1 else ():
-        held = [i for i, p in enumerate(part) if p == k]
-        rest = [i for i, p in enumerate(part) if p != k]
-        unseen[held] = logits(pick(inputs, held), *fit(pick(inputs, rest), target[rest]))
-    if len(set(part)) > 1:
-        minimise(lambda: unseen * (1 + slope) + offset, [slope, offset], target, 1e-3)
+    for k in sorted(set(part)):
+        held, rest = (torch.tensor([i for i, p in enumerate(part) if (p == k) == own]) for own in (True, False))
+        w, b = fit(x.index_select(0, rest), target[rest])
+        unseen[held] = x.index_select(0, held) @ w + b
+    minimise(lambda: unseen * (1 + slope) + offset, [slope, offset], target, 1e-3)
     return weight * (1 + slope), bias * (1 + slope) + offset
 
 
-def pick(inputs, indices: list[int]):
-    """Rows of a list or of a tensor."""
-    return inputs[indices] if isinstance(inputs, torch.Tensor) else [inputs[i] for i in indices]
+def fit_strengths(rows, types: list[str], features: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Weight and bias of the n-grams and, with features (N, D) of the rows' questions, of the probe on these.
+
+    Raises UserError if no row has a type.
+    """
+    target = torch.tensor([[float(row.type == name) for name in types] for row in rows])  # (N, T)
+    if not target.any():  # among all rows, or among those that a fold leaves
+        raise UserError("too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts")
+    part = [place(row.context) % CALIBRATION_PARTS for row in rows]
+    weight, bias = calibrated(fit_ngrams, bags([row.question for row in rows]), target, part)
+    if features is None:
+        return {"weight": weight, "bias": bias}
+    probe, probe_bias = calibrated(fit_probe, features, target, part)
+    return {"weight": weight, "bias": bias, "probe": probe, "probe_bias": probe_bias}
+
+
+def opinions(tensors: dict[str, torch.Tensor], questions: list[str], features: torch.Tensor | None) -> torch.Tensor:
+    """(1 or 2, N, T) in 0..1: how strongly each question is of each type, by n-grams and by the probe on features."""
+    logits = [bags(questions) @ tensors["weight"] + tensors["bias"]]
+    if features is not None:
+        logits.append(features @ tensors["probe"] + tensors["probe_bias"])
+    return torch.sigmoid(torch.stack(logits))
+
+
+def mean_opinion(found: torch.Tensor) -> torch.Tensor:
+    """(N, T) the geometric mean of the opinions (1 or 2, N, T): the strength."""
+    return found.prod(0) ** (1 / len(found))

@@ -1,19 +1,25 @@
 """How strongly a question is of each type, and the reward made of it.
 
-    python -m socratiq.scorer --data sample --out runs/scorer                   # seconds, no model
-    python -m socratiq.scorer --data sample --out runs/scorer --model smollm2   # harder to fool
+    python -m socratiq.scorer --data sample --out runs/scorer --model smollm2
 
-    reward = strength of the wanted type ^ 0.7 * form * originality * sentence * relatedness * order (or fluency)
+    reward = strength of the wanted type ^ 0.7 * form * originality * sentence * relatedness * fluency
 
-Strength is one logistic output per type over n-grams, so that a question can be of two types. With a language model it
-becomes the geometric mean with a second opinion, a linear probe on the model's hidden states; the model also judges how
-much more likely the text makes a question, and in the place of word order (word_order.py) how fluent it is
-(fluency.py). Every gate is in 0..1 and near 1 for nearly all genuine questions. Strength counts a little less
-than the gates: whoever games a classifier gets strengths of 1 and loses nothing by it, while honest questions that are
-merely hard to classify are worth more. Rows labelled `others` are negatives.
+Strength is one logistic output per type over n-grams, so that a question can be of two types; with a language model it
+is the geometric mean of that and of a second opinion, a linear probe on the model's hidden states. The model also says
+how much likelier the text makes a question (relatedness) and how odd its tokens are (fluency). Every gate is in 0..1
+and near 1 for nearly all genuine questions. Strength counts a little less than the gates: a string made to please a
+classifier has strengths of 1 and loses nothing by it, while genuine questions that are hard to classify are worth more.
+Rows labelled `others` are negatives.
+
+Without a language model there is no fluency, and relatedness counts shared words: good enough for grading types and for
+a quick look. As a reward for PPO it was gamed within 16 iterations.
 """
 
+from __future__ import annotations
+
 import json
+import math
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,167 +27,132 @@ import torch
 from socratiq.prompts import build_prompt
 from socratiq.run.errors import UserError
 from socratiq.scorer import gates, grading
-from socratiq.scorer.fluency import Fluency
-from socratiq.scorer.gates import GATES
-from socratiq.scorer.grading import Figures, contradictions, place, texts_of
-from socratiq.scorer.ngrams import BUCKETS, calibrated, fit_ngrams, fit_probe, minimise, ngram_logits, probe_logits
-from socratiq.scorer.word_order import WordOrder
+from socratiq.scorer.gates import GATES, Ramp
+from socratiq.scorer.grading import Figures, place
+from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model
+from socratiq.scorer.ngrams import fit_strengths, mean_opinion, minimise, opinions
+from socratiq.taxonomy import OTHERS
 
-CALIBRATION_PARTS = 3
-L2_RELATED = 1e-3
-EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another (README)
+EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another
 SURE, DOUBT = 1.5, 1.0  # relatedness is sigmoid(SURE * (log-odds + DOUBT)), in doubt for the question
-VERSION = 5  # of what is saved; 5: word order by pairs of words and a net
-RELATED_ROWS = 256  # rows whose texts the language model reads when fitted: two numbers are learnt from them
+L2_RELATED = 1e-3
+GATE_ROWS = 400  # rows from which relatedness and fluency are learnt: a language model has to read their texts
+ODD = 0.05  # share of genuine questions that pay something for each sign of fluency
+VERSION = 6  # of the saved files; 6: fluency by log-probs alone
+SETTINGS = ("texts", "model", "signature", "rarity", "sentence", "fluency")
 
 
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types, tensors, fitted: gates.Fitted, settings: dict):
-        self.types: list[str] = types
-        self.tensors: dict[str, torch.Tensor] = tensors  # weight, bias, related; with a language model probe, ...
-        self.gates = fitted
-        self.order = WordOrder(tensors, settings["order"]) if "order" in settings else None
-        self.settings = settings  # word order; the texts it was fitted on; of a language model name, signature, fluency
-        self.lm = None
-        self.warnings: list[str] = []
+    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor], settings: dict):
+        self.types = types
+        self.tensors = tensors  # weight, bias, related; with a language model probe and probe_bias
+        self.settings = settings  # the texts it was fitted on, the language model's name and signature, the gates'
 
-    @classmethod
-    def fit(cls, rows, seed: int = 0, lm=None, only_strengths: bool = False) -> "Scorer":
-        """Fit on rows with .context, .question, .type. `lm` (LanguageModel) adds the second layer.
+    @cached_property
+    def lm(self) -> LanguageModel | None:
+        """The language model that it was fitted with, opened when it is first needed; None if there was none."""
+        return open_language_model(self.settings["model"])
 
-        The order of the rows never matters, nor does the seed: what is drawn is the same each time. Raises UserError if
-        no row has a type. `.warnings` of the result names questions that carry two types. With `only_strengths` the
-        result can grade types and gives no rewards: most of the time goes into what the gates have to learn.
-        """
-        rows = sorted(rows, key=lambda r: (r.question, r.type, r.context))
-        types = sorted({r.type for r in rows} - {"others"})
-        if not types:  # in all rows, or in those that a fold leaves
+    def with_language_model(self, lm: LanguageModel | None) -> Scorer:
+        """This scorer with its language model, already open. Raises UserError if that is another model."""
+        known, now = self.settings["signature"], lm.signature() if lm else []
+        if len(known) != len(now) or any(abs(a - b) > 0.25 for a, b in zip(known, now, strict=True)):
             raise UserError(
-                "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts"
+                f"the scorer was fitted with another language model ({self.settings['model']}); fit it anew"
             )
-        contexts, questions = [r.context for r in rows], [r.question for r in rows]
-        target = torch.tensor([[float(r.type == name) for name in types] for r in rows])  # (N, T)
-        part = [place(context) % CALIBRATION_PARTS for context in contexts]
-        weight, bias = calibrated(fit_ngrams, ngram_logits, questions, target, part)
-        tensors, settings = {"weight": weight, "bias": bias}, {"texts": texts_of(rows)}
-        if not only_strengths:
-            order = WordOrder.fit(contexts, questions)
-            tensors |= order.tensors
-            settings["order"] = order.settings
-        scorer = cls(types, tensors, gates.Fitted.fit(contexts, questions), settings)
-        scorer.warnings = contradictions(rows)
-        if not only_strengths:
-            tensors["related"] = scorer.fit_relatedness(rows)
-        if lm is not None:
-            scorer.lm = lm
-            features = torch.stack([a.features for a in lm.read_alone(questions)])
-            weight, bias = calibrated(fit_probe, probe_logits, features, target, part)
-            tensors |= {"probe": weight, "probe_bias": bias}
-            if only_strengths:
-                return scorer
-            fluency = Fluency.fit(lm, rows, CALIBRATION_PARTS)
-            tensors |= fluency.tensors
-            scorer.settings |= {"model": lm.name, "signature": lm.signature(), "fluency": fluency.ramps}
-            some = sorted(rows, key=lambda r: place(r.context))[:RELATED_ROWS]
-            tensors["related_model"] = scorer.fit_relatedness(some)
-        return scorer
-
-    def fit_relatedness(self, rows) -> torch.Tensor:
-        """Weights and, last, bias that tell each question's own text from another one of these rows.
-
-        The other one is the next in a fixed random order.
-        """
-        texts = sorted({r.context for r in rows}, key=lambda text: (place(text), text))
-        other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
-        pairs = [(text, r.question, own) for r in rows for text, own in ((r.context, 1.0), (other[r.context], 0.0))]
-        x = self.evidence([text for text, _, _ in pairs], [question for _, question, _ in pairs])  # (2 N, 2 or 3)
-        w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
-        minimise(lambda: x @ w + b, [w, b], torch.tensor([[own] for _, _, own in pairs]), L2_RELATED)
-        return torch.cat([w[:, 0], b])
-
-    def with_language_model(self, lm) -> "Scorer":
-        """This scorer with the language model that it was fitted with; None leaves it as it is."""
-        if lm is not None:
-            known, now = self.settings.get("signature"), lm.signature()
-            if known is None:
-                raise UserError("this scorer was fitted without a language model; fit it anew")
-            if len(known) != len(now) or max(abs(a - b) for a, b in zip(known, now, strict=True)) > 0.25:
-                raise UserError(f"this scorer was fitted with another language model ({self.settings['model']})")
-            self.lm = lm
+        self.lm = lm
         return self
 
-    # --- strengths --------------------------------------------------------------------------------------------------
+    @classmethod
+    def fit(cls, rows, lm: LanguageModel | None = None) -> Scorer:
+        """Fit on rows with .context, .question and .type; those without a type are left out.
 
-    def by_ngrams(self, questions: list[str]) -> torch.Tensor:
-        """(N, T) in 0..1 by n-grams alone."""
-        return torch.sigmoid(ngram_logits(questions, self.tensors["weight"], self.tensors["bias"]))
+        The same rows in any order give the same scorer. Raises UserError if no row has a type.
+        """
+        rows = sorted((r for r in rows if r.type), key=lambda r: (r.question, r.type, r.context))
+        types = sorted({r.type for r in rows} - {OTHERS})
+        contexts, questions = [r.context for r in rows], [r.question for r in rows]
+        settings = {"texts": sorted(set(map(place, contexts))), "model": lm.name if lm else "none"}
+        settings |= {"signature": lm.signature() if lm else [], "rarity": gates.fit_rarity(contexts)}
+        settings["sentence"] = gates.fit_sentence(contexts, questions)
+        scorer = cls(types, fit_strengths(rows, types, features_of(lm, questions)), settings)
+        scorer.lm = lm
+        scorer.fit_gates(sorted(rows, key=lambda r: place(r.context))[:GATE_ROWS])
+        return scorer
 
-    def by_probe(self, questions: list[str]) -> torch.Tensor:
-        """(N, T) in 0..1 by the probe on the language model's hidden states alone."""
-        features = torch.stack([a.features for a in self.lm.read_alone(questions)])
-        return torch.sigmoid(probe_logits(features, self.tensors["probe"], self.tensors["probe_bias"]))
+    def fit_gates(self, rows) -> None:
+        """Relatedness: weights and, last, bias that tell each question's own text from another one of these rows, the
+        next in a fixed random order. Fluency: ramps below which few genuine questions are."""
+        texts = sorted({r.context for r in rows}, key=lambda text: (place(text), text))
+        other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
+        contexts, questions = (
+            [r.context for r in rows] + [other[r.context] for r in rows],
+            [r.question for r in rows] * 2,
+        )
+        alone, given = self.read(contexts, questions)
+        x = self.evidence(contexts, questions, alone, given)
+        own = torch.arange(len(x))[:, None] < len(rows)
+        w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
+        minimise(lambda: x @ w + b, [w, b], own.float(), L2_RELATED)
+        self.tensors["related"] = torch.cat([w[:, 0], b])
+        signs = zip(*map(fluency_signs, questions, given[: len(rows)]), strict=True)  # of each sign, those of all rows
+        self.settings["fluency"] = [Ramp.below(list(sign), ODD) for sign in signs]
+
+    def read(self, contexts: list[str], questions: list[str]) -> tuple[list[Reading], list[Reading]]:
+        """What the language model reads: the questions alone, and after their contexts. Nothing without one."""
+        if self.lm is None:
+            return [], []
+        return self.lm.read([""] * len(questions), questions), self.lm.read(contexts, questions)
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how strongly each question is of each type."""
-        if not questions:
-            return torch.zeros(0, len(self.types))
-        by_ngrams = self.by_ngrams(questions)
-        return by_ngrams if self.lm is None else (by_ngrams * self.by_probe(questions)).sqrt()
+        return mean_opinion(opinions(self.tensors, questions, features_of(self.lm, questions)))
 
-    def highest(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
-        """(N, T) in 0..1: the higher opinion, since what is surely not of a type is not so by all who were asked."""
-        if self.lm is None or not questions:
-            return self.strengths(contexts, questions)
-        return torch.maximum(self.by_ngrams(questions), self.by_probe(questions))
-
-    # --- reward -----------------------------------------------------------------------------------------------------
-
-    def evidence(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
-        """(N, 2 or 3) signs that a question is about its context: words shared and not (gates.Overlap), and with a
+    def evidence(self, contexts, questions, alone: list[Reading], given: list[Reading]) -> torch.Tensor:
+        """(N, 2 or 3) signs that a question is about its context: words shared and not (gates.overlap), and with a
         language model how much likelier the context makes it.
 
         That is log p(question | context) - log p(question) without the first token, which every text helps, over the
         root of the question's length: long questions have more to gain.
         """
-        columns = list(zip(*map(self.gates.overlap, contexts, questions), strict=True))
-        if self.lm is not None:
-            both = zip(self.lm.read_given(contexts, questions), self.lm.read_alone(questions), strict=True)
-            columns.append([(g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.ids)) ** 0.5 for g, a in both])
-        return torch.tensor(columns).T
+        columns = [[*gates.overlap(c, q, self.settings["rarity"])] for c, q in zip(contexts, questions, strict=True)]
+        for column, a, g in zip(columns, alone, given, strict=False):
+            column.append((g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.logprobs)) ** 0.5)
+        return torch.tensor(columns)
+
+    def fluency(self, question: str, given: Reading) -> float:
+        """The worst of a question's signs counts."""
+        signs = fluency_signs(question, given)
+        return min(Ramp(*ramp)(sign) for ramp, sign in zip(self.settings["fluency"], signs, strict=True))
 
     def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The reward (N,), and every part of it by name, each (N,) in 0..1. Raises UserError for an unknown type."""
-        columns = torch.tensor([self._column(t) for t in types], dtype=torch.long)
-        left_out = "order" if self.lm else "fluency"  # a language model judges the order of words better
+        unknown = set(types) - set(self.types)
+        if unknown:
+            raise UserError(f"the scorer does not know the type {min(unknown)!r}; it knows {', '.join(self.types)}")
         if not questions:
-            return torch.zeros(0), {name: torch.zeros(0) for name in ("strength", *GATES) if name != left_out}
-        if self.lm is not None:
-            self.lm.forget()  # the same questions get the same bytes, whatever was graded before
-        rows = list(zip(contexts, questions, types, strict=True))
+            return torch.zeros(0), {}
+        alone, given = self.read(contexts, questions)
+        found = opinions(self.tensors, questions, torch.stack([a.features for a in alone]) if alone else None)
+        column = torch.tensor([self.types.index(t) for t in types])[:, None]
+        *w, bias = self.tensors["related"]
+        log_odds = self.evidence(contexts, questions, alone, given) @ torch.stack(w) + bias  # against another text
+        prompts = map(build_prompt, contexts, types)
         parts = {
-            "strength": self.strengths(contexts, questions).gather(1, columns[:, None])[:, 0],
+            "strength": mean_opinion(found).gather(1, column)[:, 0],
             "form": torch.tensor([gates.form(q) for q in questions]),
-            "originality": torch.tensor([gates.originality(build_prompt(c, t), q) for c, q, t in rows]),
-            "sentence": torch.tensor([self.gates.sentence(q) for q in questions]),
+            "originality": torch.tensor([*map(gates.originality, prompts, questions)]),
+            "sentence": torch.tensor([gates.sentence(q, **self.settings["sentence"]) for q in questions]),
+            "relatedness": torch.sigmoid(SURE * (log_odds + DOUBT)),
         }
-        if self.lm is None:
-            parts["order"] = self.order(questions)
-        *w, bias = self.tensors["related" if self.lm is None else "related_model"]
-        own_text = self.evidence(contexts, questions) @ torch.stack(w) + bias  # log-odds against another text
-        parts["relatedness"] = torch.sigmoid(SURE * (own_text + DOUBT))
-        if self.lm is not None:
-            parts["fluency"] = Fluency(self.tensors, self.settings["fluency"])(self.lm, contexts, questions)
+        if self.lm:
+            parts["fluency"] = torch.tensor([*map(self.fluency, questions, given)])
         reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
-        if self.lm is not None:
-            parts["ngrams"] = self.by_ngrams(questions).gather(1, columns[:, None])[:, 0]
-            parts["probe"] = self.by_probe(questions).gather(1, columns[:, None])[:, 0]
+        if self.lm:
+            parts |= {name: x.gather(1, column)[:, 0] for name, x in zip(("ngrams", "probe"), found, strict=True)}
         return reward, parts
-
-    def components(self, contexts: list[str], questions: list[str], types: list[str]) -> dict[str, torch.Tensor]:
-        """Every part of the reward by name, each (N,)."""
-        return self.graded(contexts, questions, types)[1]
 
     def reward(self, contexts: list[str], questions: list[str], types: list[str]) -> torch.Tensor:
         """(N,) in 0..1."""
@@ -191,17 +162,9 @@ class Scorer:
         """All that the scorer thinks of one question: by type its strength and reward, and every gate."""
         n = len(self.types)
         reward, parts = self.graded([context] * n, [question] * n, self.types)
-        by_type = {name: parts[name] for name in ("strength", "ngrams", "probe") if name in parts} | {"reward": reward}
-        return {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in by_type.items()} | {
-            name: x[0].item() for name, x in parts.items() if name not in by_type
-        }
-
-    def _column(self, type: str) -> int:
-        if type not in self.types:
-            raise UserError(f"the scorer does not know the type {type!r}; it knows {', '.join(self.types)}")
-        return self.types.index(type)
-
-    # --- files ------------------------------------------------------------------------------------------------------
+        found = {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in parts.items()}
+        found |= {name: parts[name][0].item() for name in GATES if name in parts}
+        return found | {"reward": dict(zip(self.types, reward.tolist(), strict=True))}
 
     def save(self, folder: str | Path) -> None:
         """Write scorer.safetensors and scorer.json."""
@@ -209,37 +172,61 @@ class Scorer:
 
         from socratiq.run.files import atomic_write
 
-        used = self.tensors["weight"].any(1).nonzero()[:, 0]  # most buckets are empty
-        settings = {"version": VERSION, "types": self.types, **self.settings, **self.gates.state()}
-        tensors = {**self.tensors, "weight": self.tensors["weight"][used], "buckets": used}
-        atomic_write(
-            Path(folder) / "scorer.safetensors",
-            save({k: v if v.is_floating_point() else v.to(torch.int32) for k, v in tensors.items()}),
-        )
+        settings = {"version": VERSION, "types": self.types, **self.settings}
+        atomic_write(Path(folder) / "scorer.safetensors", save(self.tensors))
         atomic_write(Path(folder) / "scorer.json", json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Scorer":
+    def load(cls, folder: str | Path) -> Scorer:
         """Read what `save` wrote. Raises UserError if there is nothing that can be read."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
             tensors = load_file(Path(folder) / "scorer.safetensors")
-            read = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
-            if read.pop("version", 1) != VERSION:
+            settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
+            if settings.pop("version", 1) != VERSION:
                 raise ValueError("fitted by another version of socratiq")
-            fitted = gates.Fitted.of(read)
-            weight, used = tensors["weight"], tensors.pop("buckets").long()
-            tensors["weight"] = torch.zeros(BUCKETS, weight.shape[1]).index_copy_(0, used, weight)
-            tensors["bias"], tensors["related"], tensors["order_out"], read["order"]["median"]  # a KeyError if missing
-            return cls(read.pop("types"), tensors, fitted, read)
+            tensors["weight"], tensors["bias"], tensors["related"]  # a KeyError if one is missing
+            return cls(settings.pop("types"), tensors, {name: settings[name] for name in SETTINGS})
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
             ) from None
 
 
-def cross_validate(rows, folds: int = 5, seed: int = 0, lm=None) -> Figures:
-    """Grade every row by a scorer that saw neither it nor its context: `.strengths` (N, T) in the order of the rows."""
-    return grading.cross_validate(lambda some: Scorer.fit(some, seed, lm, only_strengths=True), rows, folds)
+def features_of(lm: LanguageModel | None, questions: list[str]) -> torch.Tensor | None:
+    """(N, 4 H) hidden states of the questions read alone, for the probe; None without a language model."""
+    if lm is None or not questions:
+        return None
+    return torch.stack([reading.features for reading in lm.read([""] * len(questions), questions)])
+
+
+def fluency_signs(question: str, given: Reading) -> list[float]:
+    """Mean log-prob of a question's tokens after its text, of their lowest quarter, of their lowest two; sum per word.
+
+    The first token, which follows nothing, is none of the lowest.
+    """
+    low = given.logprobs[1:].sort().values
+    if not len(low):
+        return [-math.inf] * 4  # too short to have any
+    means = [x.mean().item() for x in (given.logprobs, low[: max(1, len(low) // 4)], low[:2])]
+    return [*means, given.logprobs.sum().item() / max(1, len(gates.words(question)))]
+
+
+def cross_validate(rows, folds: int = 5, lm: LanguageModel | None = None, held_out=frozenset()) -> Figures:
+    """Grade every row by a fit that saw neither it nor its text: strengths (N, T) in the order of the rows.
+
+    Rows whose context is `held_out` are graded by a fit to all others, and teach nothing.
+    """
+    types = sorted({r.type for r in rows if r.context not in held_out} - {OTHERS})
+    questions = [r.question for r in rows]
+    features = features_of(lm, questions)
+    fold = [folds if r.context in held_out else place(r.context) % folds for r in rows]
+    found = torch.zeros(1 + (lm is not None), len(rows), len(types))
+    for k in sorted(set(fold)):
+        learn = [i for i, f in enumerate(fold) if f not in (k, folds)]
+        grade = [i for i, f in enumerate(fold) if f == k]
+        tensors = fit_strengths([rows[i] for i in learn], types, None if lm is None else features[learn])
+        found[:, grade] = opinions(tensors, [questions[i] for i in grade], None if lm is None else features[grade])
+    return grading.figures(types, mean_opinion(found), found.amax(0), [r.type for r in rows])

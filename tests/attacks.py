@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 from socratiq.prompts import build_prompt
 
 
@@ -171,3 +173,10 @@ def climb(
         if values[top] > value:
             best, value = edits[top], values[top]
     return " ".join(best) + "?", value
+
+
+def auc(high: torch.Tensor, low: torch.Tensor) -> float:
+    """Probability that a number of `high` (N,) is above one of `low` (M,), ties counting half."""
+    low = low.sort().values
+    below, upto = (torch.searchsorted(low, high, right=right).double() for right in (False, True))
+    return ((below + upto) / 2).mean().item() / len(low)
