@@ -176,6 +176,7 @@ def load_tokenizer(name: str):
     source = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config().vocab_size
     except Exception as error:  # as above
         raise UserError(
             f"--model {name}: no tokenizer that can be read ({first_line(error)}); name smollm2, tiny, a checkpoint "
@@ -183,7 +184,6 @@ def load_tokenizer(name: str):
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
-    rows = AutoConfig.from_pretrained(source, trust_remote_code=False).get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding only {rows} rows")
     return tokenizer

@@ -283,7 +283,7 @@ ARGUMENTS = [  # before anything slow is imported
     (["make_pairs", "--data", "https://me@host/rows.csv"], "argument --data: an address must not hold a name..."),
     (
         ["train_ppo", "--kl-target", "1", "--kl-horizon", "10"],
-        "--kl-horizon: must be above a fifth of the samples of an iteration,...",
+        "--kl-horizon: must be above a fifth of an iteration's samples,...",
     ),
     (["train_dpo", "--loss", "kto"], "argument --loss: invalid choice: 'kto' (...) (see train_dpo.py --help)"),
     (["train_ppo", "--temperature", "0"], "argument --temperature: must be above 0, not 0 (see train_ppo.py --help)"),
@@ -351,9 +351,9 @@ RUNS = [
     ([*SFT, "--model", "holed"], "--model holed: 1 weights are missing, such as ...; write it anew"),
     (
         [*SFT, "--model", "other"],
-        "--model other: GPT2LMHeadModel has no .model trunk and .lm_head; use a Llama-like model",
+        "--model other: GPT2LMHeadModel has no .model.layers and .lm_head; use a Llama-like model",
     ),
-    ([*SFT, "--model", "remote"], "--model remote: no model that can be read (...)"),
+    ([*SFT, "--model", "remote"], "--model remote: no tokenizer that can be read (...custom code...); name ..."),
     (
         [*SFT, "--load-in-4bit", "--lora-rank", "0"],
         "--load-in-4bit: weights of 4 bits cannot be trained; use adapters (--lora-rank above 0)",

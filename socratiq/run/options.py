@@ -63,7 +63,6 @@ not_negative = number(float, least=0)
 fraction = number(float, least=0, below=1, metavar="SHARE")
 count = number(int, least=1)
 zero_or_more = number(int, least=0)
-count_or_none = zero_or_more
 
 
 def source(text: str) -> str:
