@@ -64,6 +64,7 @@ def parse_arguments(argv: list[str] | None = None):
     strength = cli.number(float, least=0, most=1)
     add = parser.add_argument_group("in and out").add_argument
     add("--data", type=cli.source, default="sample", help='"sample", "socratiq", a file, folder, address or Hub id')
+    add("--types", type=cli.names, help="only rows of these types; default: all")
     add("--scorer", type=Path, default="runs/scorer", metavar="FOLDER", help="fitted on --data if it is missing")
     add("--scorer-model", default="smollm2", metavar="MODEL", help='language model of a new scorer, or "none"')
     add("--policy", default="runs/sft", metavar="MODEL", help="SFT model, the local writer")
@@ -321,7 +322,7 @@ def run() -> None:
         raise UserError(
             f"--out {args.out}: no {dropped_path.name} beside it says that it was made here; choose another"
         )
-    rows = load_rows(args.data)
+    rows = load_rows(args.data, args.types)
     held_out = {row.context for row in split_by_context(rows, args.held_out, args.seed)[1]}
 
     if args.writer is None and any(row.preference for row in rows):

@@ -34,6 +34,7 @@ def parse_arguments():
     options.add_model_arguments(parser, model="smollm2")
     add = parser.add_argument_group("data").add_argument
     add("--data", type=options.source, default="sample", help='"sample", "socratiq", a file, folder, address or Hub id')
+    add("--types", type=options.names, help="only rows of these types; default: all")
     add("--held-out", type=options.fraction, default=0.1, help="share of the contexts kept for evaluation")
     add("--eval-rows", type=options.count, default=128, metavar="ROWS", help="held-out rows evaluated, at most")
     add = parser.add_argument_group("training").add_argument
@@ -70,7 +71,7 @@ def run_stage():
     from socratiq.taxonomy import OTHERS
 
     # Data: token ids of prompt and question, tokenised apart.
-    rows = [row for row in load_rows(args.data) if row.type != OTHERS and row.preference != "rejected"]
+    rows = [row for row in load_rows(args.data, args.types) if row.type != OTHERS and row.preference != "rejected"]
     if not rows:
         raise UserError(f"{args.data}: no rows to learn from; every row is labelled {OTHERS!r}")
     train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)

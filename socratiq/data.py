@@ -64,14 +64,16 @@ LONGEST_TYPE = 80  # characters; a longer "type" is a text from the wrong column
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def load_rows(source: str) -> list[Row]:
+def load_rows(source: str, types: list[str] | None = None) -> list[Row]:
     """Every row of `source`, checked and tidied, in the order of the files.
 
     source: "sample" (the rows that come with the package), "socratiq" (SocratiQ's human-labelled rows, from the web), a
             csv, tsv, json, jsonl, parquet or arrow file, a folder of them, an http(s) address of one, or a Hub id:
             "owner/name" or "owner/name:configuration"
 
-    Raises UserError at the first unusable row. Copies are left out and contradictions kept, with a warning each.
+    types:  only rows of these types, and those labelled `others`; default: all
+
+    Raises UserError at the first unusable row, or for a type that no row has. Copies are left out and contradictions kept, with a warning each.
     """
     rows = []
     for name, records in _read_all(source, "--data takes sample, socratiq, a file, a folder, an address or a Hub id"):
@@ -86,7 +88,14 @@ def load_rows(source: str) -> list[Row]:
     contradictions = len(unique) - len({key[:2] for key in unique})
     if contradictions:
         warn(f"{source}: questions with a second type or verdict, kept under each: {contradictions:,}")
-    return list(unique.values())
+    return _of_types(source, list(unique.values()), types) if types else list(unique.values())
+
+
+def _of_types(source: str, rows: list[Row], types: list[str]) -> list[Row]:
+    wanted, known = {display_name(name) for name in types}, {row.type for row in rows}
+    if missing := sorted(wanted - known):
+        raise UserError(f"--types: {source} has no row of type {missing[0]!r}; it has {', '.join(sorted(known))}")
+    return [row for row in rows if row.type in {*wanted, OTHERS}]
 
 
 def _rows_of(name: str, records: Records) -> list[Row]:

@@ -39,6 +39,7 @@ def parse_arguments(argv: list[str] | None = None):
         add(f"--{name}", metavar="FOLDER", help=f"default: {name} in that folder")
     add = parser.add_argument_group("texts; default: as --sft was trained").add_argument
     add("--data", type=options.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    add("--types", type=options.names, help="only rows of these types; default: all")
     add("--held-out", type=options.fraction, metavar="SHARE", help="share of the texts held out")
     add("--seed", type=options.zero_or_more, metavar="N", help="seed of that split and of the questions")
     add("--limit", type=options.count, default=16, metavar="TEXTS", help="held-out texts at most, drawn by the seed")
@@ -76,7 +77,7 @@ def training_arguments(model: str) -> dict:
 def fill_in(args) -> None:
     """Base model, data and split are those of SFT unless the user gave others."""
     before = training_arguments(args.sft)
-    for name, default in (("base", "smollm2"), ("data", "sample"), ("held_out", 0.1), ("seed", 0)):
+    for name, default in (("base", "smollm2"), ("data", "sample"), ("types", None), ("held_out", 0.1), ("seed", 0)):
         if getattr(args, name) is None:
             setattr(args, name, before.get("model" if name == "base" else name, default))
     for stage in STAGES[1:]:
@@ -130,7 +131,7 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.training import generator
 
     # 1. Held-out texts, a judge fitted on other ones, and the scorer of DPO and PPO.
-    rows = load_rows(args.data)
+    rows = load_rows(args.data, args.types)
     _, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     options.check(bool(held_out_rows), f"{args.data}: no text is held out; raise --held-out or give more texts")
     judge = Judge.fit(rows_to_learn_from(rows, args.held_out, args.seed)[0])

@@ -463,3 +463,11 @@ def test_a_hundred_thousand_rows_in_bounded_memory_and_time(tmp_path):
     assert rows == 100_000
     assert kilobytes < 250_000
     assert seconds < 30
+
+
+def test_only_rows_of_some_types_and_the_negatives(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json_lines(RECORDS))
+    assert [row.type for row in load_rows(str(file), ["clarity"])] == ["Clarity", "others"]
+    with pytest.raises(UserError, match=r"--types: .* no row of type 'Fear appeal'; it has Cause to effect, Clarity, "):
+        load_rows(str(file), ["FearAppeal"])

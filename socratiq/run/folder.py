@@ -23,6 +23,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,9 +132,13 @@ class Run:
         self.last_step = last
         self.progress = bar(total=last, initial=first, desc=self.stage)
         self.in_step = True
+        began = time.monotonic()
         for step in range(first, last):
             yield step
             self.progress.update()
+            minutes = (time.monotonic() - began) / 180 * (last - first)
+            if step == first + 2 and minutes > 1:
+                self.progress.write(f"{self.stage}: {last - first} steps will take about {minutes:.0f} minutes")
         self.in_step = False
         self.progress.close()
 

@@ -65,6 +65,14 @@ count = number(int, least=1)
 zero_or_more = number(int, least=0)
 
 
+def names(text: str) -> list[str]:
+    """An argument type: names with commas between them."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+names.metavar = "A,B,C"
+
+
 def source(text: str) -> str:
     """An argument type for --data. An address with a password is refused, since arguments are written into files."""
     if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
