@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from socratiq.run.errors import UserError, warn
-from socratiq.taxonomy import display_name
+from socratiq.taxonomy import OTHERS, display_name
 
 
 class Row(NamedTuple):
