@@ -47,12 +47,13 @@ from socratiq.pairs.checks import Job, flaw
 from socratiq.pairs.writers import LocalWriter, OpenAIWriter
 from socratiq.prompts import build_prompt
 from socratiq.run import options as cli
-from socratiq.run.errors import UserError, bar, main, warn
+from socratiq.run.errors import UserError, main, warn
 from socratiq.run.files import atomic_write, remove, to_json
 from socratiq.run.folder import fingerprint
 from socratiq.scorer.gates import GATES
+from socratiq.taxonomy import OTHERS
 
-VERIFIED_AT_ONCE = 64
+AT_ONCE = 1024  # rows: a round goes in parts, so that not all texts are in memory twice
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -122,8 +123,11 @@ def parse_arguments(argv: list[str] | None = None):
         parser.error(f"--rejected-max {args.rejected_max}: must not be above --chosen-min {args.chosen_min}")
     if args.out.is_dir():
         parser.error(f"--out {args.out}: a folder; give the name of a file in it, such as {args.out / 'pairs.jsonl'}")
-    if args.shard:
-        args.out = args.out.with_name(f"{args.out.stem}.{args.shard[0]}of{args.shard[1]}{args.out.suffix}")
+    part = ".{}of{}".format(*args.shard) if args.shard else ""
+    args.out = args.out.with_name(f"{args.out.stem}{part}{args.out.suffix}")
+    args.answers, args.dropped = (args.out.with_name(f"{args.out.stem}.{x}.jsonl") for x in ("answers", "dropped"))
+    if args.out.exists() and not args.dropped.exists():
+        parser.error(f"--out {args.out}: no {args.dropped.name} beside it says that it was made here; choose another")
     return args
 
 
@@ -173,11 +177,11 @@ def open_scorer(args, rows: list[Row], held_out: set[str]):
         check_unseen(scorer, held_out, args.scorer)
         return scorer
     lm = open_language_model(args.scorer_model, args.device, args.dtype)
-    return Scorer.fit(rows_to_learn_from(rows, args.held_out, args.seed)[1], lm=lm)
+    return Scorer.fit(rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
 
 
-def grade(rows: list[Row], held_out: set[str], lm) -> list[dict[str, tuple[float, float]]]:
-    """(a) For each row: type -> its strength and the highest opinion, by a scorer that never saw the row's text.
+def grade(rows: list[Row], held_out: set[str], lm) -> list[Job]:
+    """(a) A job for each row, with the row's strengths by a scorer that never saw its text.
 
     Training texts are graded by cross-validation among themselves, held-out ones by a scorer fitted on all training
     texts: no label of a held-out text has a say in a training pair.
@@ -185,8 +189,8 @@ def grade(rows: list[Row], held_out: set[str], lm) -> list[dict[str, tuple[float
     from socratiq.scorer.scorer import cross_validate
 
     found = cross_validate(rows, lm=lm, held_out=held_out)
-    graded = zip(found.strengths.tolist(), found.highest.tolist(), strict=True)
-    return [dict(zip(found.types, zip(*both, strict=True), strict=True)) for both in graded]
+    graded = zip(rows, found.strengths.tolist(), found.highest.tolist(), strict=True)
+    return [Job(row, dict(zip(found.types, zip(*both, strict=True), strict=True))) for row, *both in graded]
 
 
 def choose(jobs: list[Job], chosen_min: float) -> None:
@@ -194,22 +198,21 @@ def choose(jobs: list[Job], chosen_min: float) -> None:
     seen = set()
     for job in jobs:
         ill_formed = flaw(job.row.question, job.row.context)
-        if job.row.type == "others":
-            job.dropped = "labelled others"
-        elif job.key in seen:
-            job.dropped = "the same question stands in the data before"
-        elif job.chosen_score < chosen_min:
-            job.dropped = "no type is strong enough (--chosen-min)"
-        elif ill_formed:
-            job.dropped = f"not well formed: {ill_formed}"
+        rules = {
+            "labelled others": job.row.type == OTHERS,
+            "the same question stands in the data before": job.key in seen,
+            "no type is strong enough (--chosen-min)": job.chosen_score < chosen_min,
+            f"not well formed: {ill_formed}": ill_formed,
+        }
+        job.dropped = next((reason for reason, holds in rules.items() if holds), "")
         seen.add(job.key)
 
 
-def verify(jobs: list[Job], answers: list[Answer], scorer, args) -> None:
+def verify(answered: list[tuple[Job, Answer]], scorer, args) -> None:
     """(d) Note the answers as attempts. A question is `rejected` if all opinions agree that it is not of the type."""
-    for job, answer in zip(jobs, answers, strict=True):
+    for job, answer in answered:
         job.attempts.append(job.attempt(answer))
-    readable = [job for job in jobs if not job.attempts[-1]["flaw"]]
+    readable = [job for job, _ in answered if not job.attempts[-1]["flaw"]]
     columns = [job.row.context for job in readable], [job.attempts[-1]["question"] for job in readable]
     parts = scorer.graded(*columns, [job.type for job in readable])[1]
     for index, job in enumerate(readable):
@@ -217,60 +220,52 @@ def verify(jobs: list[Job], answers: list[Answer], scorer, args) -> None:
         low = [fault for name, fault in GATES.items() if found.get(name, 1) < 0.5]
         if max(found.get(name, 0) for name in ("strength", "ngrams", "probe")) > args.rejected_max:
             low.append("still of the unwanted type")
-        found = {name: round(value, 4) for name, value in found.items()}
-        job.attempts[-1] |= {"parts": found, "score": found["strength"], "flaw": low[0] if low else ""}
-    for job in jobs:
+        job.attempts[-1] |= {"score": round(found["strength"], 4), "flaw": low[0] if low else ""}
+    for job, _ in answered:
         if not job.attempts[-1]["flaw"]:
             job.rejected = job.attempts[-1]["question"]
         elif len(job.attempts) == args.max_attempts:
             job.dropped = f"no rejected question: {job.attempts[-1]['flaw']}"
 
 
-def mirrored(job: Job, strengths: dict[str, float], args) -> dict | None:
-    """(e) What a mirrored pair has in other columns, if the rejected question, of these strengths, allows for one.
+def pair(row: Row, type_: str, chosen: str, rejected: str, held_out: set[str], writer: str) -> dict:
+    """A line of --out: the three columns that every DPO trainer reads, then where they come from."""
+    split = "held_out" if row.context in held_out else "train"
+    line = {"prompt": build_prompt(row.context, type_), "chosen": chosen, "rejected": rejected, "type": type_}
+    return line | {"context": row.context, "split": split, "source": row.source, "writer": writer}
+
+
+def pairs_of(job: Job, strengths: dict[str, float], held_out: set[str], writer: str, args) -> list[dict]:
+    """The pair of a job, and (e) its mirrored pair if the rejected question, of these strengths, allows for one.
 
     The same thresholds hold, and no question is rejected for the type that a person labelled it with.
     """
-    type_ = max(strengths, key=strengths.get)
-    own, highest = job.types.get(type_, (1.0, 1.0))
-    if type_ in (job.type, job.row.type) or strengths[type_] < args.chosen_min or highest > args.rejected_max:
-        return None
-    return {
-        "prompt": build_prompt(job.row.context, type_), "chosen": job.rejected, "rejected": job.row.question,
-        "type": type_, "chosen_score": round(strengths[type_], 4), "rejected_score": round(own, 4),
-        "rejected_type": job.type, "rejected_parts": {"strength": round(own, 4)}, "mirrored": True,
-    }  # fmt: skip
-
-
-def pair(row: Row, type_: str, rejected: str, held_out: set[str], writer: str, **more) -> dict:
-    """A line of --out: the three columns that every DPO trainer reads, then where they come from."""
-    return {
-        "prompt": build_prompt(row.context, type_), "chosen": row.question, "rejected": rejected, "type": type_,
-        "context": row.context, **more, "writer": writer, "source": row.source,
-        "split": "held_out" if row.context in held_out else "train",
-    }  # fmt: skip
+    first = pair(job.row, job.type, job.row.question, job.rejected, held_out, writer)
+    first |= {"chosen_score": round(job.chosen_score, 4), "rejected_score": job.attempts[-1]["score"]}
+    other = max(strengths, key=strengths.get)
+    own, highest = job.types.get(other, (1.0, 1.0))
+    alike = other in (job.type, job.row.type) or strengths[other] < args.chosen_min or highest > args.rejected_max
+    if alike or not args.mirror:
+        return [first]
+    second = pair(job.row, other, job.rejected, job.row.question, held_out, writer)
+    second |= {"chosen_score": round(strengths[other], 4), "rejected_score": round(own, 4), "mirrored": True}
+    return [first, second]
 
 
 def save(args, pairs: list[dict], dropped: list[dict], rows: int) -> None:
     """Write both files, say what was made, what was not and why, and what to type next."""
-    lines = ["".join(to_json(line) + "\n" for line in some) for some in (dropped, pairs)]
-    atomic_write(args.out.with_name(args.out.stem + ".dropped.jsonl"), lines[0])
-    part = f"part {args.shard[0]} of {args.shard[1]}: " if args.shard else ""
+    atomic_write(args.dropped, "".join(to_json(line) + "\n" for line in dropped))
+    part = "part {} of {}: ".format(*args.shard) if args.shard else ""
     turned = sum("mirrored" in line for line in pairs)
-    print(f"{part}{rows} rows, {len(pairs)} pairs in {args.out}" + (f", {turned} of them mirrored" if turned else ""))
+    print(f"{part}{rows} rows, {len(pairs)} pairs in {args.out}, {turned} of them mirrored")
     for reason, count in Counter(": ".join(line["reason"].split(": ")[:2]) for line in dropped).most_common():
         print(f"  {count:6d} not kept: {reason}")
     if not pairs:
         remove(args.out)
         warn("no pair was made; the reasons above name the option, else see --rejected-max and --max-attempts")
         sys.exit(1)
-    atomic_write(args.out, lines[1])
-    if args.shard:
-        print(
-            f"next, when all {args.shard[1]} parts are done: join them with cat, then python train_dpo.py --pairs ..."
-        )
-    else:
-        print(f"next:  python train_dpo.py --pairs {args.out}")
+    atomic_write(args.out, "".join(to_json(line) + "\n" for line in pairs))
+    print(f"next{', with cat, when all parts are done' if part else ''}:  python train_dpo.py --pairs {args.out}")
 
 
 def show_plan(requests: list[Request], prices: tuple[float, float], args) -> None:
@@ -280,23 +275,17 @@ def show_plan(requests: list[Request], prices: tuple[float, float], args) -> Non
             print(f"--- {part['role']}\n{part['content']}")
     tokens = sum(len(to_json(request.body)) // 4 for request in requests), 30 * len(requests)
     usd = (tokens[0] * prices[0] + tokens[1] * prices[1]) / 1e6
-    print(f"---\nfirst of at most {args.max_attempts} rounds: {len(requests)} requests, less those answered before; ")
+    print(f"---\nfirst of at most {args.max_attempts} rounds: {len(requests)} requests, less those answered before;")
     print(f"about {tokens[0]:,} prompt tokens, {tokens[1]:,} answer tokens, {usd:.4f} USD")
 
 
 def open_writer(args):
     """The writer, before any long work: a mistake in its arguments should show at once."""
     if args.writer == "openai":
-        writer = OpenAIWriter(
-            args.api_model or "gpt-4o-mini",
-            args.base_url,
-            os.environ.get("OPENAI_API_KEY"),
-            concurrency=args.concurrency,
-            max_tokens=args.api_max_tokens,
-            temperature=args.temperature,
-            timeout=args.timeout,
-        )
-        print(f"writer: {writer.model} at {writer.address}; the texts are sent there", flush=True)
+        model, key = args.api_model or "gpt-4o-mini", os.environ.get("OPENAI_API_KEY")
+        options = {name: getattr(args, name) for name in ("concurrency", "temperature", "timeout")}
+        writer = OpenAIWriter(model, args.base_url, key, max_tokens=args.api_max_tokens, **options)
+        print(f"writer: {model} at {writer.address}; the texts are sent there", flush=True)
         return writer
     if args.policy == "runs/sft" and not Path(args.policy).exists():
         raise UserError("runs/sft is not there: run `python train_sft.py` first, or name a model with --policy")
@@ -315,72 +304,61 @@ def open_writer(args):
 
 def run() -> None:
     args = parse_arguments()
-    answers_path, dropped_path = (
-        args.out.with_name(f"{args.out.stem}.{name}.jsonl") for name in ("answers", "dropped")
-    )
-    if args.out.exists() and not dropped_path.exists():
-        raise UserError(
-            f"--out {args.out}: no {dropped_path.name} beside it says that it was made here; choose another"
-        )
     rows = load_rows(args.data, args.types)
     held_out = {row.context for row in split_by_context(rows, args.held_out, args.seed)[1]}
 
     if args.writer is None and any(row.preference for row in rows):
         print("writer: none; people said which questions they prefer", flush=True)
         found = human_pairs(rows, args.max_per_question)
-        pairs = [pair(good, good.type, bad.question, held_out, "human") for good, bad in found]
+        pairs = [pair(a, a.type, a.question, b.question, held_out, "human") for a, b in found]
         kept = picked([digest(line) for line in pairs], args)
         used = {row for both in found for row in both}
         left = [{"reason": "no partner (--max-per-question)", **row._asdict()} for row in rows if row not in used]
         return save(args, [line for line in pairs if digest(line) in kept], left, len(rows))
 
+    # (a) Grade and (b) choose.
     rows = [row for row in rows if row.type and row.preference != "rejected"]
     writer = open_writer(args)
     scorer = open_scorer(args, rows, held_out)
-    jobs = [Job(row, types) for row, types in zip(rows, grade(rows, held_out, scorer.lm), strict=True)]
-    if not args.dry_run and not args.scorer.exists():  # not before: rows that cannot be graded leave no scorer behind
+    jobs = grade(rows, held_out, scorer.lm)
+    if not args.dry_run and not (args.scorer / "scorer.json").exists():  # rows that cannot be graded leave none behind
         scorer.save(args.scorer)
     choose(jobs, args.chosen_min)
     kept = picked([job.key for job in jobs if not job.dropped], args)
     jobs = [job for job in jobs if job.dropped or job.key in kept]
 
-    limit = args.api_max_tokens if args.writer == "openai" else 0
     prices = args.usd_per_mtok_in or 0.0, args.usd_per_mtok_out or 0.0
     if args.dry_run:
         return show_plan([Request(job.key, 1, writer.body(job)) for job in jobs if not job.dropped], prices, args)
-    log = AnswerLog(answers_path, writer.model, limit, args.max_requests, args.max_usd, prices)
+
+    # (c) Write and (d) verify, in rounds.
+    limit = args.api_max_tokens if args.writer == "openai" else 0
+    log = AnswerLog(args.answers, writer.model, limit, args.max_requests, args.max_usd, prices)
     before = log.requests
     for number in range(1, args.max_attempts + 1):
         waiting = [job for job in jobs if not (job.rejected or job.dropped)]
-        requests = {job.key: Request(job.key, number, writer.body(job)) for job in waiting}
-        unanswered = ask_all(writer, list(requests.values()), log, f"round {number}")
-        for job in waiting:
-            job.dropped = unanswered.get(job.key, "")
-        waiting = [job for job in waiting if not job.dropped]
-        for start in bar(range(0, len(waiting), VERIFIED_AT_ONCE), desc="verify"):
-            some = waiting[start : start + VERIFIED_AT_ONCE]
-            verify(some, [log.get(requests[job.key]) for job in some], scorer, args)
-    print(
-        f"{writer.name}: {log.requests - before} requests now, {log.requests} in all, {log.prompt_tokens:,} prompt and "
-        f"{log.completion_tokens:,} answer tokens" + (f", {log.usd:.4f} USD" if log.usd else "")
-    )
+        for start in range(0, len(waiting), AT_ONCE):
+            some = waiting[start : start + AT_ONCE]
+            requests = [Request(job.key, number, writer.body(job)) for job in some]
+            unanswered = ask_all(writer, requests, log, f"round {number}, from {start} of {len(waiting)}")
+            for job in some:
+                job.dropped = unanswered.get(job.key, "")
+            both = zip(some, requests, strict=True)
+            verify([(job, log.get(request)) for job, request in both if not job.dropped], scorer, args)
 
+    # (e) Mirror, and save.
     kept = [job for job in jobs if job.rejected]
     found = scorer.strengths([job.row.context for job in kept], [job.rejected for job in kept]).tolist()
-    pairs, dropped = [], []
+    pairs = []
     for job, strengths in zip(kept, found, strict=True):
-        last = job.attempts[-1]
-        more = {"chosen_score": round(job.chosen_score, 4), "rejected_score": last["score"]}
-        more |= {"attempts": len(job.attempts), "rejected_type": last["type"], "rejected_parts": last["parts"]}
-        pairs.append(pair(job.row, job.type, job.rejected, held_out, writer.name, **more))
-        turned = mirrored(job, dict(zip(scorer.types, strengths, strict=True)), args) if args.mirror else None
-        if turned:
-            pairs.append(pairs[-1] | turned)
-    for job in jobs:
-        if job.dropped:
-            line = {"reason": job.dropped, "source": job.row.source, "type": job.type, "question": job.row.question}
-            more = {"score": round(job.chosen_score, 4), "context": job.row.context, "attempts": job.attempts}
-            dropped.append(line | more)
+        pairs += pairs_of(job, dict(zip(scorer.types, strengths, strict=True)), held_out, writer.name, args)
+    dropped = [
+        {"reason": job.dropped, "source": job.row.source, "type": job.type, "question": job.row.question,
+         "score": round(job.chosen_score, 4), "context": job.row.context, "attempts": job.attempts}
+        for job in jobs if job.dropped
+    ]  # fmt: skip
+    used = f"{log.prompt_tokens:,} prompt and {log.completion_tokens:,} answer tokens, {log.usd:.4f} USD"
+    print(f"{writer.name}: {log.requests - before} requests now, {log.requests} in all, {used}")
     save(args, pairs, dropped, len(rows))
 
 

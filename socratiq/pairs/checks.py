@@ -28,7 +28,7 @@ class Job:
 
     row: Row
     types: dict[str, tuple[float, float]]  # name -> strength of the question, and the highest opinion of it
-    attempts: list[dict] = field(default_factory=list)  # {"question", "score", "flaw", "type", "parts"}
+    attempts: list[dict] = field(default_factory=list)  # {"question", "score", "flaw", "type"}
     rejected: str = ""
     dropped: str = ""
 
@@ -61,7 +61,7 @@ class Job:
         wrong = WRONG_FINISH.get(answer.finish) or flaw(question, self.row.context, self.row.question)
         if wrong and answer.finish == "length":
             wrong = f"cut off ({wrong})"
-        return {"question": question, "score": None, "flaw": wrong, "type": self.asked_type(), "parts": None}
+        return {"question": question, "score": None, "flaw": wrong, "type": self.asked_type()}
 
 
 def clean_question(text: str) -> str:

@@ -33,46 +33,36 @@ class OpenAIWriter:
     are not followed: a POST with a key and somebody's text goes where the user said and nowhere else.
 
     `base_url` None means the environment's OPENAI_BASE_URL, else OpenAI's own address. `key` may be None for a server
-    that wants none. Raises UserError where going on is useless (wrong key, unknown model, used-up quota, a redirect),
-    and NoAnswer where this request got none.
+    that wants none; `temperature` None leaves it to the server, for some models refuse any but their own. `client` goes
+    to the openai package: timeout in seconds, max_retries. Raises UserError where going on is useless (wrong key,
+    unknown model, used-up quota, a redirect), and NoAnswer where this request got none.
     """
 
     group = 1
 
-    def __init__(
-        self,
-        model,
-        base_url=None,
-        key=None,
-        *,
-        concurrency=8,
-        max_tokens=200,
-        temperature=None,
-        timeout=120.0,
-        max_retries=8,
-    ):
+    def __init__(self, model: str, base_url=None, key=None, concurrency=8, max_tokens=200, temperature=None, **client):
         import openai
 
-        self.key, self.model, self.name, self.slots = (key or "").strip(), model, f"openai:{model}", concurrency
-        self.max_tokens, self.temperature, self.limits = max_tokens, temperature, LIMITS
+        self.model, self.name, self.slots, self.key = model, f"openai:{model}", concurrency, (key or "").strip()
+        self.limits, self.options = LIMITS, {} if temperature is None else {"temperature": temperature}
+        self.max_tokens = max_tokens
         if self.key and not re.fullmatch("[!-~]+", self.key):  # the HTTP library's error would print the key
             raise UserError("OPENAI_API_KEY holds spaces, line breaks or letters beyond ASCII; set it to the key alone")
+        http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [judge_body]})
         try:
-            http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [judge_body]})
-            options = {"max_retries": max_retries, "timeout": timeout, "http_client": http}
-            self.client = openai.OpenAI(api_key=self.key or "none", base_url=base_url, **options)
+            client = {"max_retries": 8, **client, "http_client": http}
+            self.client = openai.OpenAI(api_key=self.key or "none", base_url=base_url, **client)
             url = self.client.base_url
             if url.scheme not in ("http", "https") or not url.host:
                 raise ValueError("expected an address such as http://localhost:8000/v1")
-        except Exception as error:
+        except Exception as error:  # of several kinds, from several packages
             raise UserError(f"--base-url {base_url}: {self.scrub(error)}") from None
         self.address = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
         if self.key and url.scheme == "http" and url.host not in ("localhost", "127.0.0.1", "::1"):
             warn(f"{self.address} is not https: the key travels in the clear")
 
     def body(self, job: Job) -> dict:
-        # Some models refuse any temperature but their own.
-        return {"messages": messages(job)} | ({} if self.temperature is None else {"temperature": self.temperature})
+        return {"messages": messages(job), **self.options}
 
     def answers(self, requests: list[Request]) -> list[Answer]:
         import openai
