@@ -102,7 +102,7 @@ def load_policy(
         checkpoint_layers(lm)
     policy = Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
     if not plain:
-        speed_up(policy)
+        speed_up(policy, where)
     check_family(policy, name)
     return policy
 

@@ -1,4 +1,5 @@
-"""Identities that hold for the whole machine, model included: what must not depend on how the work is laid out."""
+"""Identities that hold for the whole machine, model included, plain and with the engine: how the work is laid out
+must not matter."""
 
 from math import log
 
@@ -7,17 +8,25 @@ import torch
 from small import EOS, small_lm, small_policy, small_rows, stir
 
 from socratiq.batch import make_batch
-from socratiq.engine import cache, fused
+from socratiq.engine import attention, speed_up
 from socratiq.losses import dpo_loss, gae, kl_estimate, masked_mean, policy_loss, sequence_logps, sft_loss, whiten
 from socratiq.models import load_policy
-from socratiq.policy import Policy, token_logprobs
+from socratiq.policy import token_logprobs
 from socratiq.sampling import sample
 
 
-@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
-def layout(request, monkeypatch):
-    """Everything twice: rows one by one and samples in small blocks, and all at once in shapes that stay."""
-    monkeypatch.setattr(fused, "starts_cost", lambda device: request.param == "as on a GPU")
+@pytest.fixture(params=["plain", "cpu", "cuda"])
+def make_policy(request):
+    """`small_policy`: plain, with the engine's twins for a CPU, and with those for a GPU (on the CPU all the same)."""
+
+    def make(**options):
+        policy = small_policy(**options)
+        if request.param != "plain":
+            speed_up(policy, torch.device(request.param))
+            policy.keep_reference()  # with the twins' layers in it, as the scripts have it
+        return policy
+
+    return make
 
 
 def close(actual, expected, tolerance=2e-5):
@@ -53,8 +62,8 @@ def gradients(policy):
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_rows_equal_one_forward_per_sequence(samples, temperature):
-    policy = small_policy(value_head=True)
+def test_packed_rows_equal_one_forward_per_sequence(make_policy, samples, temperature):
+    policy = make_policy(value_head=True)
     torch.nn.init.normal_(policy.value_head.weight)
     prompts, completions = small_rows(samples)
     batch = make_batch(prompts, completions)
@@ -69,8 +78,8 @@ def test_packed_rows_equal_one_forward_per_sequence(samples, temperature):
     assert (out["logprobs"][~batch.mask.bool()] == 0).all()
 
 
-def test_gradient_of_packed_rows_equals_one_forward_per_sequence():
-    policy = small_policy()
+def test_gradient_of_packed_rows_equals_one_forward_per_sequence(make_policy):
+    policy = make_policy()
     prompts, completions = small_rows(samples=3)
     batch = make_batch(prompts, completions)
     sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask).backward()
@@ -85,8 +94,8 @@ def test_gradient_of_packed_rows_equals_one_forward_per_sequence():
     close(packed, torch.cat([weight.grad.flatten() for weight in plain.parameters()]))
 
 
-def test_batch_order_changes_nothing():
-    policy = small_policy()
+def test_batch_order_changes_nothing(make_policy):
+    policy = make_policy()
     prompts, completions = small_rows(samples=2)
     order = [2, 0, 3, 1]
     straight = token_logprobs(policy, make_batch(prompts, completions))["logprobs"]
@@ -94,8 +103,8 @@ def test_batch_order_changes_nothing():
     close(token_logprobs(policy, shuffled)["logprobs"], straight[order])
 
 
-def test_number_of_siblings_changes_nothing():
-    policy = small_policy()
+def test_number_of_siblings_changes_nothing(make_policy):
+    policy = make_policy()
     prompts, completions = small_rows(samples=4)
     together = sequence_logps(*scored(policy, prompts, completions))
     for k in range(4):
@@ -103,16 +112,16 @@ def test_number_of_siblings_changes_nothing():
         close(alone[:, 0], together[:, k])
 
 
-def test_a_sibling_is_never_seen():
-    policy = small_policy()
+def test_a_sibling_is_never_seen(make_policy):
+    policy = make_policy()
     prompts, completions = small_rows(samples=2)
     before = sequence_logps(*scored(policy, prompts, completions))
     changed = [[first, [5, 9, 4, EOS]] for first, _ in completions]
     close(sequence_logps(*scored(policy, prompts, changed))[:, 0], before[:, 0])
 
 
-def test_longer_neighbours_and_their_padding_change_nothing():
-    policy = small_policy()
+def test_longer_neighbours_and_their_padding_change_nothing(make_policy):
+    policy = make_policy()
     prompts, completions = small_rows()
     alone = scored(policy, prompts, completions)[0]
     beside = scored(policy, [*prompts, [1] * 20], [*completions, [[7] * 30 + [EOS]]])[0]
@@ -131,9 +140,9 @@ def scored(policy, prompts, completions, temperature=1.0):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(lora_rank):
+def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(make_policy, lora_rank):
     """Rows of very different length: a mean of means would be far off. 3 + 3 + 2 is a window that ends short."""
-    policy = small_policy(lora_rank=lora_rank)
+    policy = make_policy(lora_rank=lora_rank)
     stir(policy)
     prompts, completions = small_rows(rows=8)
     lengths = [len(row[0]) for row in completions]
@@ -154,12 +163,14 @@ def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(lora_rank):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_gradient_checkpointing_changes_no_loss_and_no_gradient(lora_rank):
+@pytest.mark.parametrize("plain", [True, False])
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(lora_rank, plain):
     prompts, completions = small_rows(samples=2)
     batch = make_batch(prompts, completions)
     losses, gradient, passes = [], [], []
     for grad_checkpoint in (False, True):
-        policy = load_policy("tiny", "cpu", "float32", lora_rank, value_head=True, grad_checkpoint=grad_checkpoint)
+        options = {"value_head": True, "grad_checkpoint": grad_checkpoint, "plain": plain}
+        policy = load_policy("tiny", "cpu", "float32", lora_rank, **options)
         stir(policy)  # adapters as they begin would leave half of the gradients zero
         ran = []
         policy.lm.model.layers[0].self_attn.register_forward_hook(lambda *_, ran=ran: ran.append(1))
@@ -181,8 +192,8 @@ both_references = pytest.mark.parametrize("lora_rank", [0, 4], ids=["kept-copy",
 
 
 @both_references
-def test_first_dpo_loss_is_ln_2(lora_rank):
-    policy = small_policy(lora_rank=lora_rank)
+def test_first_dpo_loss_is_ln_2(make_policy, lora_rank):
+    policy = make_policy(lora_rank=lora_rank)
     prompts, completions = small_rows(samples=2)
     logps = sequence_logps(*scored(policy, prompts, completions))
     with policy.reference():
@@ -196,8 +207,8 @@ def test_first_dpo_loss_is_ln_2(lora_rank):
 
 
 @both_references
-def test_initial_kl_is_0(lora_rank):
-    policy = small_policy(lora_rank=lora_rank)
+def test_initial_kl_is_0(make_policy, lora_rank):
+    policy = make_policy(lora_rank=lora_rank)
     prompts, completions = small_rows(samples=3)
     logprobs, mask = scored(policy, prompts, completions)
     with policy.reference():
@@ -206,24 +217,8 @@ def test_initial_kl_is_0(lora_rank):
         close(kl_estimate(logprobs, reference, kind, mask), torch.zeros(mask.shape), 1e-6)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_under_autocast_the_kept_copy_is_half_as_large_and_gives_the_same_bits(tied):
-    lm = small_lm()
-    if tied:
-        lm.lm_head.weight = lm.model.embed_tokens.weight
-    policy = Policy(lm, autocast=True)
-    policy.keep_reference()
-    prompts, completions = small_rows(samples=3)
-    logprobs, _ = scored(policy, prompts, completions)
-    with policy.reference():
-        assert torch.equal(scored(policy, prompts, completions)[0], logprobs)
-        assert policy.lm.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-        assert (policy.lm.lm_head.weight.dtype == torch.bfloat16) is not tied
-    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
-
-
-def test_first_ratio_is_1_and_first_policy_loss_is_minus_mean_advantage():
-    policy = small_policy(lora_rank=4, value_head=True)
+def test_first_ratio_is_1_and_first_policy_loss_is_minus_mean_advantage(make_policy):
+    policy = make_policy(lora_rank=4, value_head=True)
     prompts, _ = small_rows()
     completions = sample(policy, prompts, 4, max_new_tokens=6, eos_id=EOS)
     with torch.no_grad():  # the rollout's log-probs, all rows at once
@@ -242,8 +237,8 @@ def test_first_ratio_is_1_and_first_policy_loss_is_minus_mean_advantage():
         assert clipfrac == 0
 
 
-def test_first_values_are_0_so_that_the_first_return_is_the_reward():
-    policy = small_policy(value_head=True)
+def test_first_values_are_0_so_that_the_first_return_is_the_reward(make_policy):
+    policy = make_policy(value_head=True)
     prompts, completions = small_rows(samples=2)
     batch = make_batch(prompts, completions)
     values = token_logprobs(policy, batch)["values"]
@@ -254,8 +249,8 @@ def test_first_values_are_0_so_that_the_first_return_is_the_reward():
 
 
 @both_references
-def test_the_reference_never_changes(lora_rank):
-    policy = small_policy(lora_rank=lora_rank)
+def test_the_reference_never_changes(make_policy, lora_rank):
+    policy = make_policy(lora_rank=lora_rank)
     prompts, completions = small_rows()
     first, mask = scored(policy, prompts, completions)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.01)
@@ -274,8 +269,8 @@ def test_the_reference_never_changes(lora_rank):
 # ------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_greedy_decoding_picks_what_the_training_forward_finds_most_likely():
-    policy = small_policy()
+def test_greedy_decoding_picks_what_the_training_forward_finds_most_likely(make_policy):
+    policy = make_policy()
     lm = plain_lm(policy)
     prompts, _ = small_rows(rows=6)
     completions = sample(policy, prompts, 1, max_new_tokens=8, eos_id=EOS, temperature=0)
@@ -284,9 +279,9 @@ def test_greedy_decoding_picks_what_the_training_forward_finds_most_likely():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_every_sampled_token_is_the_one_that_its_random_number_asks_for(temperature):
+def test_every_sampled_token_is_the_one_that_its_random_number_asks_for(make_policy, temperature):
     """Of four samples a prompt, some of which end long before their siblings, by one forward for one sequence."""
-    policy = small_policy()
+    policy = make_policy()
     lm = plain_lm(policy)
     prompts, _ = small_rows(rows=6)
     written = sample(policy, prompts, 4, max_new_tokens=12, eos_id=EOS, temperature=temperature, seeds=range(6))
@@ -301,9 +296,9 @@ def test_every_sampled_token_is_the_one_that_its_random_number_asks_for(temperat
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_samples_come_from_the_distribution_that_is_trained(temperature):
+def test_samples_come_from_the_distribution_that_is_trained(make_policy, temperature):
     """4,000 samples of two tokens: each pair of tokens as often as its log-prob says, to within sampling noise."""
-    policy = small_policy()
+    policy = make_policy()
     prompt, count = [1, 5, 7, 3], 4000
     (samples,) = sample(policy, [prompt], count, max_new_tokens=2, eos_id=EOS, temperature=temperature)
     for pair in {tuple(completion) for completion in samples}:
@@ -313,23 +308,20 @@ def test_samples_come_from_the_distribution_that_is_trained(temperature):
         assert abs(seen - p) < 5 * (p * (1 - p) / count) ** 0.5 + 1 / count
 
 
-def test_long_prompts_are_sampled_as_short_ones_are(monkeypatch):
-    policy = small_policy()
+def test_long_prompts_are_sampled_as_short_ones_are(make_policy, monkeypatch):
+    policy = make_policy()
     prompts, _ = small_rows(rows=6)
     short = sample(policy, prompts, 2, max_new_tokens=8, eos_id=EOS, seeds=3)
-    monkeypatch.setattr("socratiq.batch.SHORT", 0)
-    monkeypatch.setattr("socratiq.batch.AT_ONCE", 0)
+    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(attention, "AT_ONCE", 0)
     assert sample(policy, prompts, 2, max_new_tokens=8, eos_id=EOS, seeds=3) == short
 
 
-@pytest.mark.parametrize("fill, blocks", [(900, 1), (4, 3), (0, 6)])
-def test_a_prompt_s_samples_do_not_depend_on_its_neighbours(monkeypatch, fill, blocks):
-    """Of 20 prompts, in one block of the cache or in several, some of which are over long before the others."""
-    policy = small_policy()
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_prompt_s_samples_do_not_depend_on_its_neighbours(make_policy, samples):
+    """Of 20 prompts, some of which are over long before the others."""
+    policy = make_policy()
     prompts, _ = small_rows(rows=20)
-    monkeypatch.setattr(cache, "FILL", fill)
-    assert len(cache.groups(sorted(map(len, prompts)))) == blocks
-    for samples in (1, 3):
-        together = sample(policy, prompts, samples, max_new_tokens=30, eos_id=EOS, seeds=range(20))
-        for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
-            assert sample(policy, [prompt], samples, max_new_tokens=30, eos_id=EOS, seeds=[seed]) == [row]
+    together = sample(policy, prompts, samples, max_new_tokens=30, eos_id=EOS, seeds=range(20))
+    for seed, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
+        assert sample(policy, [prompt], samples, max_new_tokens=30, eos_id=EOS, seeds=[seed]) == [row]

@@ -1,0 +1,232 @@
+"""Each twin of the engine against the plain function that it stands for, in value and gradient (test_identities.py runs
+the identities under both)."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from small import EOS, small_policy, small_rows, stir
+
+from socratiq import lora
+from socratiq.batch import RowAttention, make_batch
+from socratiq.engine import attention, fused, padding, scoring, speed_up
+from socratiq.engine.packed import can_pack, packed
+from socratiq.models import load_policy, load_tokenizer
+from socratiq.policy import Policy, score_tokens, token_logprobs
+from socratiq.prompts import encode_completion, encode_prompt
+from socratiq.sampling import sample
+
+DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose twins are used; all run on the CPU
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
+
+
+def compare(twin, plain, inputs):
+    """Same value and same gradient for each input, to float32 rounding."""
+    value, expected = twin(*inputs), plain(*inputs)
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(value, inputs, upstream)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def results(policy, rows, temperature=0.7):
+    """Log-probs, values and entropies of a batch, and the gradients of all trained weights."""
+    out = token_logprobs(policy, make_batch(*rows), temperature, watch=True)
+    (out["logprobs"].sum() + out["values"].sum()).backward()
+    return [*out.values(), *(weight.grad for weight in policy.trainable().values())]
+
+
+# ------------------------------------------------------------------------------------------------- whole models
+
+
+@DEVICES
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_tiny_has_the_same_log_probs_and_gradients_and_samples_the_same_tokens(
+    device, samples, grad_checkpoint, lora_rank
+):
+    tokenizer = load_tokenizer("tiny")
+    prompts = [encode_prompt(tokenizer, "Dogs are good. " * n, "Clarity", 200) for n in (1, 4, 2)]
+    texts = ["What is good?", "Why?", "Which dogs do you mean, and who says that they are good?"]
+    completions = [[encode_completion(tokenizer, text) for text in texts[:samples]]] * 3
+    found, sampled = [], []
+    for plain in (True, False):
+        options = {"value_head": True, "grad_checkpoint": grad_checkpoint, "plain": True}
+        policy = load_policy("tiny", "cpu", "float32", lora_rank, **options)
+        if not plain:
+            speed_up(policy, torch.device(device))
+        stir(policy)
+        found.append(results(policy, (prompts, completions)))
+        sampled.append(sample(policy, prompts, samples, 12, tokenizer.eos_token_id, seeds=3))
+    for twin, plain in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(twin, plain, rtol=1e-5, atol=1e-5 * max(1.0, plain.abs().max().item()))
+    assert sampled[0] == sampled[1]
+
+
+FAMILIES = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"head_dim": 16},  # as Mistral-Nemo's, not hidden_size / heads
+    "Qwen2": {},  # biases at query, key and value
+    "Qwen3": {"head_dim": 8},  # norms of query and key
+    "Gemma": {"head_dim": 8},  # gelu: its MLP is none of fused.py's
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same(family, autocast, device):
+    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    config = getattr(transformers, f"{family}Config")(**shape, **FAMILIES[family])
+    found, sampled = [], []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")
+        lm = model._from_config(config, attn_implementation="socratiq").eval()
+        lora.add_lora(lm, 4)
+        for name, weight in lm.named_parameters():
+            if "norm" in name or "bias" in name or "lora_B" in name:  # not 1, not 0
+                weight.data.add_(0.1 * torch.randn_like(weight))
+        policy = Policy(lm, value_head=True, autocast=autocast)
+        if not plain:
+            speed_up(policy, torch.device(device))
+            taken = {type(module).__name__ for module in lm.modules() if "forward" in vars(module)}
+            assert taken == {"LoRALinear"} | ({f"{family}MLP"} if family != "Gemma" else set())
+        found.append(results(policy, small_rows(samples=2)))
+        sampled.append(sample(policy, small_rows()[0], 2, 8, eos_id=EOS, temperature=0))
+    close = 0.1 if autocast else 1e-4
+    for twin, plain in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(twin, plain, rtol=close, atol=close * max(1.0, plain.abs().max().item()))
+    assert autocast or sampled[0] == sampled[1]
+
+
+def test_plain_leaves_the_engine_out():
+    plain, engine = (load_policy("tiny", "cpu", "float32", 4, plain=plain) for plain in (True, False))
+    assert not plain.twins and not any("forward" in vars(module) for module in plain.modules())
+    assert engine.twins and any("forward" in vars(module) for module in engine.modules())
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+
+
+def test_swiglu():
+    compare(fused.SwiGLU.apply, lambda gate, up: F.silu(gate) * up, (numbers(2, 5, 16), numbers(2, 5, 16)))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_an_adapted_linear_layer(biased):
+    weight, bias = numbers(6, 8).detach(), numbers(6).detach() if biased else None
+
+    def plain(x, A, B):
+        return F.linear(x, weight, bias) + 0.5 * (x @ A.T) @ B.T
+
+    inputs = numbers(1, 5, 8), numbers(3, 8), numbers(6, 3)
+    compare(lambda x, *rest: fused.AddLowRank.apply(x, weight, bias, *rest, 0.5), plain, inputs)
+
+
+# ---------------------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("twin", [attention.ShortRows, attention.RowsAtOnce])
+@pytest.mark.parametrize("samples", [1, 2, 4])
+@pytest.mark.parametrize("shared", [0, 7])
+def test_attention_of_rows(twin, samples, shared):
+    """Rows of all lengths: the value, and the gradient of every query, key and value."""
+    draw = random.Random(samples)
+    prompts = [[9] * shared + [b] + [5] * draw.randrange(20) for b in range(5)]
+    completions = [[[1] * draw.randrange(9) for _ in range(samples)] for _ in prompts]
+    rows = make_batch(prompts, completions).rows
+    assert rows.shared == shared
+    tokens = shared + sum(rows.lengths)
+    inputs = numbers(1, 6, tokens, 8), numbers(1, 2, tokens, 8), numbers(1, 2, tokens, 8)
+    compare(lambda *qkv: twin(rows)(0, *qkv, 0.3), lambda *qkv: RowAttention(rows)(0, *qkv, 0.3), inputs)
+
+
+def test_long_rows_attend_as_the_plain_ones_do(monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 4)
+    monkeypatch.setattr(attention, "AT_ONCE", 4)
+    rows = make_batch([[1, 2, 3], [1, 2, 4, 5]], [[[6, 7]], [[8]]]).rows
+    inputs = numbers(1, 6, 8, 8), numbers(1, 2, 8, 8), numbers(1, 2, 8, 8)
+    for twin in (attention.ShortRows, attention.RowsAtOnce):
+        assert torch.equal(twin(rows)(0, *inputs, 0.3), RowAttention(rows)(0, *inputs, 0.3))
+
+
+# ----------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("count", [4, 5, 13])
+def test_the_head_in_chunks(monkeypatch, count):
+    monkeypatch.setattr(scoring, "CHUNK", 5)
+    lm_head, tokens = torch.nn.Linear(8, 30, bias=False), torch.arange(count)
+    inputs = numbers(count, 8), lm_head.weight
+    for name in ("logprobs", "entropy"):
+
+        def score(function, hidden, name=name):
+            return function(lm_head, hidden, tokens, 0.7, True)[name] + 0 * hidden.sum() + 0 * lm_head.weight.sum()
+
+        compare(lambda x, _: score(scoring.score_in_chunks, x), lambda x, _: score(score_tokens, x), inputs)
+
+
+# ------------------------------------------------------------------------------------------------------ padding
+
+
+def test_in_bfloat16_batches_are_padded_to_sizes_that_repeat():
+    policy, seen = small_policy(value_head=True), []
+    policy.autocast = True
+    speed_up(policy, torch.device("cpu"))
+    rows = small_rows(samples=2)
+    policy.lm.model.layers[0].register_forward_hook(lambda layer, given, out: seen.append(out.shape[1]))
+    policy.lm.lm_head.register_forward_hook(lambda head, given, out: seen.append(out.shape[0]))
+    padded = token_logprobs(policy, make_batch(*rows))
+    assert len(make_batch(*rows).input_ids) % padding.MULTIPLE and not any(size % padding.MULTIPLE for size in seen)
+    del policy.hidden
+    policy.twins.clear()
+    plain = token_logprobs(policy, make_batch(*rows))
+    for name, value in plain.items():
+        torch.testing.assert_close(padded[name], value, rtol=0.1, atol=0.1)
+
+
+def test_padding_changes_nothing_but_rounding(monkeypatch):
+    rows, found = small_rows(samples=2), []
+    for pads in (False, True):
+        policy = small_policy(value_head=True)
+        speed_up(policy, torch.device("cpu"))
+        if pads:
+            policy.hidden = padding.padded_hidden.__get__(policy)
+        found.append(results(policy, rows))
+    for padded, plain in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- packed
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_layers_compute_the_same_and_are_plain_again_afterwards(autocast, bias):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 40, bias=bias), torch.nn.Linear(40, 16, bias=bias))
+    layers[0] = lora.LoRALinear(layers[0], 4, 8.0)
+    layers[0].lora_B.data.normal_()
+    x, close = torch.randn(1, 5, 24), 2e-2 if autocast else 1e-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for enabled in (True, False):
+            lora.enable(layers, enabled)
+            plain = layers(x)
+            with packed(layers, rows=5):
+                packs = can_pack(layers[1].weight, torch.bfloat16 if autocast else torch.float32)
+                assert packs == ("forward" in vars(layers[1])) == ("forward" in vars(layers[0].base))
+                assert packs or autocast  # bfloat16 needs a processor that multiplies in it
+                torch.testing.assert_close(layers(x), plain, rtol=close, atol=close)
+            assert torch.equal(layers(x), plain)
+        with pytest.raises(RuntimeError), packed(layers, rows=1):
+            layers(torch.randn(1, 9))
+    assert not any("forward" in vars(module) for module in layers.modules())
