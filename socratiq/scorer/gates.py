@@ -9,7 +9,6 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from itertools import pairwise
 from typing import NamedTuple
 
 HAN = "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese, written without spaces
@@ -72,25 +71,22 @@ LOW = 0.7  # a gate below it is worth a remark to people who read the question
 
 STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
 BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
-VARIETY = Ramp(0.3, 0.6)  # distinct words among all words
-NEW_PAIRS = Ramp(0.6, 0.9)  # distinct neighbouring pairs among all pairs
+NEW_RUNS = Ramp(0.6, 0.9)  # distinct pairs of neighbours among all pairs
 MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
 OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
 
 def form(question: str) -> float:
-    """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a word or pair said twice."""
+    """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a pair said twice."""
     text = question.strip()
     said = words(text)
     if not re.fullmatch(r"[^?？؟\n]*[^\W_][^?？؟\n\w]*[?？؟]", text) or len(said) < 2 or MARKUP.search(text):
         return 0.0
     length, marks = count_words(said), (len(tokens(text)) - len(said) - 1) / len(said)
-    if length < len(said) > 3:  # characters: three together repeat as seldom as words do
-        said = list(zip(said, said[1:], said[2:], strict=False))
-    pairs = list(pairwise(said)) or said
-    distinct = VARIETY(len(set(said)) / len(said)) * NEW_PAIRS(len(set(pairs)) / len(pairs))
-    return STUB(length) * BREVITY(length) * MARKS(marks) * distinct
+    size = 2 if length == len(said) else 4  # four characters repeat as seldom as two words
+    runs = list(zip(*(said[i:] for i in range(size)), strict=False)) or said
+    return STUB(length) * BREVITY(length) * MARKS(marks) * NEW_RUNS(len(set(runs)) / len(runs))
 
 
 def longest_run(said: list[str], text: list[str]) -> int:

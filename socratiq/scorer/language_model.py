@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from socratiq.batch import common_start, make_batch
+from socratiq.batch import make_batch
 from socratiq.models import load_policy, load_tokenizer, pick_device
 from socratiq.policy import Policy, token_logprobs
 from socratiq.prompts import plain_ids
@@ -20,7 +20,7 @@ from socratiq.run.errors import bar
 BETWEEN = "\n\n"  # stands between a text and the question
 DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
 QUESTION_TOKENS, CONTEXT_TOKENS = 96, 384  # longer ones are cut
-AT_ONCE = 16  # questions
+AT_ONCE = 32  # questions about the same text
 SENTENCE = "What do you mean by that?"
 
 
@@ -39,12 +39,14 @@ class LanguageModel:
 
     def read(self, contexts: list[str], questions: list[str]) -> list[Reading]:
         """Every question after its context; an empty context reads it alone."""
-        asked = list(zip(contexts, questions, strict=True))
-        pairs = sorted(set(asked), key=lambda pair: (pair[0], len(pair[1]), pair[1]))
+        asked: dict[str, list[str]] = {}
+        for context, question in sorted(set(zip(contexts, questions, strict=True))):
+            asked.setdefault(context, []).append(question)
+        parts = [(c, some[i : i + AT_ONCE]) for c, some in asked.items() for i in range(0, len(some), AT_ONCE)]
         found: dict[tuple[str, str], Reading] = {}
-        for start in bar(range(0, len(pairs), AT_ONCE), desc="read", delay=2):
-            found |= self._forward(pairs[start : start + AT_ONCE])
-        return [found[pair] for pair in asked]
+        for context, some in bar(parts, desc="read", delay=2):
+            found |= {(context, q): reading for q, reading in zip(some, self._read(context, some), strict=True)}
+        return [found[pair] for pair in zip(contexts, questions, strict=True)]
 
     def signature(self) -> list[float]:
         """Log-probs of a fixed question: tells whether another model is the one that a scorer was fitted with."""
@@ -53,18 +55,10 @@ class LanguageModel:
     def _ids(self, text: str, longest: int | None = None) -> list[int]:
         return plain_ids(self.tokenizer, text)[:longest]
 
-    def _forward(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Reading]:
-        """One packed batch of (context, question), read on the CPU in float32."""
-        asked: dict[str, list[str]] = {}
-        for context, question in pairs:
-            asked.setdefault(context, []).append(question)
-        prompts, widest = (
-            [self._ids(c, CONTEXT_TOKENS) + self._ids(BETWEEN) for c in asked],
-            max(map(len, asked.values())),
-        )
-        completions = [
-            [self._ids(q, QUESTION_TOKENS) for q in row] + [[]] * (widest - len(row)) for row in asked.values()
-        ]
+    def _read(self, context: str, questions: list[str]) -> list[Reading]:
+        """Questions about one text: a packed batch of one prompt, read on the CPU in float32."""
+        prompt = self._ids(context, CONTEXT_TOKENS) + self._ids(BETWEEN)
+        completions = [self._ids(question, QUESTION_TOKENS) for question in questions]
         states: list[torch.Tensor] = []
 
         def keep(module, args, output):
@@ -76,21 +70,15 @@ class LanguageModel:
             depths = [min(deepest, math.ceil(depth * len(layers))) for depth in DEPTHS]
             hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
             try:
-                logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]
+                batch = make_batch([prompt], [completions]).to(policy.device)
+                logprobs = token_logprobs(policy, batch)["logprobs"][0].float().cpu()  # (K, C)
             finally:
                 for hook in hooks:
                     hook.remove()
-        found, shared = {}, common_start(prompts)
-        rest = torch.cat(states, 1)[shared:]  # (N, 2 H), row by row: the rest of the prompt, then its completions
-        for b, (context, questions) in enumerate(asked.items()):
-            rest = rest[len(prompts[b]) - shared :]
-            for k, question in enumerate(questions):
-                n = len(completions[b][k])
-                last = rest[n - 1] if n else torch.zeros(rest.shape[1])
-                features = torch.cat([rest[:n].sum(0) / max(1, n), last])
-                found[context, question] = Reading(logprobs[b, k, :n].float().cpu(), features)
-                rest = rest[n:]
-        return found
+        lengths = [len(ids) for ids in completions]
+        own = torch.cat(states, 1)[len(prompt) :].split(lengths)  # (n, 2 H) of each question
+        features = [torch.cat([x.sum(0), x[-1:].sum(0) * len(x)]) / max(1, len(x)) for x in own]
+        return [Reading(row[:n], x) for row, n, x in zip(logprobs, lengths, features, strict=True)]
 
 
 def open_language_model(name: str, device: str = "auto", dtype: str = "auto") -> LanguageModel | None:

@@ -59,9 +59,7 @@ class Scorer:
         """This scorer with its language model, already open. Raises UserError if that is another model."""
         known, now = self.settings["signature"], lm.signature() if lm else []
         if len(known) != len(now) or any(abs(a - b) > 0.25 for a, b in zip(known, now, strict=True)):
-            raise UserError(
-                f"the scorer was fitted with another language model ({self.settings['model']}); fit it anew"
-            )
+            raise UserError(f"the scorer was fitted with another model than {lm and lm.name}; fit it anew")
         self.lm = lm
         return self
 
@@ -83,20 +81,18 @@ class Scorer:
         return scorer
 
     def fit_gates(self, rows) -> None:
-        """Relatedness: weights and, last, bias that tell each question's own text from another one of these rows, the
+        """Relatedness: weights and bias that tell each question's own text from another one of these rows, the
         next in a fixed random order. Fluency: ramps below which few genuine questions are."""
         texts = sorted({r.context for r in rows}, key=lambda text: (place(text), text))
         other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
-        contexts, questions = (
-            [r.context for r in rows] + [other[r.context] for r in rows],
-            [r.question for r in rows] * 2,
-        )
+        contexts = [r.context for r in rows] + [other[r.context] for r in rows]
+        questions = [r.question for r in rows] * 2
         alone, given = self.read(contexts, questions)
         x = self.evidence(contexts, questions, alone, given)
         own = torch.arange(len(x))[:, None] < len(rows)
         w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
         minimise(lambda: x @ w + b, [w, b], own.float(), L2_RELATED)
-        self.tensors["related"] = torch.cat([w[:, 0], b])
+        self.tensors["related"], self.tensors["related_bias"] = w, b
         signs = zip(*map(fluency_signs, questions, given[: len(rows)]), strict=True)  # of each sign, those of all rows
         self.settings["fluency"] = [Ramp.below(list(sign), ODD) for sign in signs]
 
@@ -137,8 +133,8 @@ class Scorer:
         alone, given = self.read(contexts, questions)
         found = opinions(self.tensors, questions, torch.stack([a.features for a in alone]) if alone else None)
         column = torch.tensor([self.types.index(t) for t in types])[:, None]
-        *w, bias = self.tensors["related"]
-        log_odds = self.evidence(contexts, questions, alone, given) @ torch.stack(w) + bias  # against another text
+        evidence = self.evidence(contexts, questions, alone, given)
+        log_odds = (evidence @ self.tensors["related"] + self.tensors["related_bias"])[:, 0]  # against another text
         prompts = map(build_prompt, contexts, types)
         parts = {
             "strength": mean_opinion(found).gather(1, column)[:, 0],
