@@ -107,31 +107,37 @@ def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, i
         status, said, complained = start(server, out, 1, at=-1).wait()
         seconds = time.monotonic() - started
         assert status == 0, complained
-        wanted, counts, answers = outputs(out), told(said), len(server.requests)
-        assert wanted[0].count(b"\n") > 20 and answers > len(rows), said  # some were asked for twice
+        wanted, counts = outputs(out), told(said)
+        needed = Counter(digest({"messages": request.body["messages"]}) for request in server.requests)
+        assert wanted[0].count(b"\n") > 20 and needed.total() > len(rows), said  # some were asked for twice
 
     def killed_run(out: Path) -> int:
         """How many requests were sent twice, being under way when a kill came."""
-        log, seen, on_disk = out.with_name("pairs.answers.jsonl"), 0, set()
+        log, seen, on_disk = out.with_name("pairs.answers.jsonl"), 0, Counter()
         with FaultServer(answer=sometimes_bad, latency=0.005) as server:
 
             def asked():
-                return [digest({"messages": request.body["messages"]}) for request in server.requests[seen:]]
+                """How often each prompt was sent since the last start; two rows may send the same one."""
+                requests = server.requests[seen:]
+                return Counter(digest({"messages": request.body["messages"]}) for request in requests)
+
+            def check():
+                assert not asked() - (needed - on_disk), "an answer that was on the disk was asked for again"
 
             def check_and_start(**how):
                 nonlocal on_disk, seen
-                assert not on_disk & set(asked()), "an answer that was on the disk was asked for again"
+                check()
                 seen = len(server.requests)
-                whole = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
-                on_disk = {json.loads(line)["prompt"] for line in whole}
+                complete = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
+                on_disk = Counter(json.loads(line)["prompt"] for line in complete)
                 return start(server, out, 3, **how)
 
             kill_until_done(check_and_start, min(6, kills), chance, counts, seconds, tally)
-            assert not on_disk & set(asked()), "an answer that was on the disk was asked for again"
+            check()
             assert outputs(out) == wanted, "other pairs"
             seen = 0
-            assert len(set(asked())) == answers, "an answer was lost or made up"
-            return len(asked()) - answers
+            assert not needed - asked() and asked().keys() == needed.keys(), "an answer was lost or made up"
+            return (asked() - needed).total()
 
     before, runs, twice = tally.total(), 0, 0
     while tally.total() - before < kills:
