@@ -13,14 +13,12 @@ import torch
 
 from socratiq.run.errors import UserError
 from socratiq.scorer.grading import place
-from socratiq.scorer.language_model import open_language_model
 from socratiq.scorer.scorer import Scorer
 
 
 def load_scorer(folder: str | Path, device: str = "auto", dtype: str = "auto") -> Scorer:
-    """The scorer in a folder, with the language model that it was fitted with open: the same reward everywhere."""
-    scorer = Scorer.load(folder)
-    return scorer.with_language_model(open_language_model(scorer.settings["model"], device, dtype))
+    """The scorer in a folder with its language model: PPO, pairs, show, ask and evaluate all open it here."""
+    return Scorer.load(folder, device, dtype)
 
 
 def check_unseen(scorer: Scorer, held_out: Iterable[str], folder: str) -> None:

@@ -18,8 +18,6 @@ a quick look. As a reward for PPO it was gamed within 16 iterations.
 from __future__ import annotations
 
 import json
-import math
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -45,23 +43,11 @@ SETTINGS = ("texts", "model", "signature", "rarity", "sentence", "fluency")
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor], settings: dict):
+    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor], settings: dict, lm: LanguageModel | None):
         self.types = types
-        self.tensors = tensors  # weight, bias, related; with a language model probe and probe_bias
+        self.tensors = tensors  # weight, bias; probe, probe_bias with a language model; related, related_bias
         self.settings = settings  # the texts it was fitted on, the language model's name and signature, the gates'
-
-    @cached_property
-    def lm(self) -> LanguageModel | None:
-        """The language model that it was fitted with, opened when it is first needed; None if there was none."""
-        return open_language_model(self.settings["model"])
-
-    def with_language_model(self, lm: LanguageModel | None) -> Scorer:
-        """This scorer with its language model, already open. Raises UserError if that is another model."""
-        known, now = self.settings["signature"], lm.signature() if lm else []
-        if len(known) != len(now) or any(abs(a - b) > 0.25 for a, b in zip(known, now, strict=True)):
-            raise UserError(f"the scorer was fitted with another model than {lm and lm.name}; fit it anew")
         self.lm = lm
-        return self
 
     @classmethod
     def fit(cls, rows, lm: LanguageModel | None = None) -> Scorer:
@@ -75,8 +61,7 @@ class Scorer:
         settings = {"texts": sorted(set(map(place, contexts))), "model": lm.name if lm else "none"}
         settings |= {"signature": lm.signature() if lm else [], "rarity": gates.fit_rarity(contexts)}
         settings["sentence"] = gates.fit_sentence(contexts, questions)
-        scorer = cls(types, fit_strengths(rows, types, features_of(lm, questions)), settings)
-        scorer.lm = lm
+        scorer = cls(types, fit_strengths(rows, types, features_of(lm, questions)), settings, lm)
         scorer.fit_gates(sorted(rows, key=lambda r: place(r.context))[:GATE_ROWS])
         return scorer
 
@@ -173,8 +158,11 @@ class Scorer:
         atomic_write(Path(folder) / "scorer.json", json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Scorer:
-        """Read what `save` wrote. Raises UserError if there is nothing that can be read."""
+    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> Scorer:
+        """Read what `save` wrote, and open the language model that it was fitted with.
+
+        Raises UserError if there is nothing that can be read, or if that is another model now.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -183,12 +171,17 @@ class Scorer:
             settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
             if settings.pop("version", 1) != VERSION:
                 raise ValueError("fitted by another version of socratiq")
-            tensors["weight"], tensors["bias"], tensors["related"]  # a KeyError if one is missing
-            return cls(settings.pop("types"), tensors, {name: settings[name] for name in SETTINGS})
+            tensors["weight"], tensors["bias"], tensors["related_bias"]  # a KeyError if one is missing
+            types, settings = settings["types"], {name: settings[name] for name in SETTINGS}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
             ) from None
+        lm = open_language_model(settings["model"], device, dtype)
+        known, now = settings["signature"], lm.signature() if lm else []
+        if len(known) != len(now) or any(abs(a - b) > 0.25 for a, b in zip(known, now, strict=True)):
+            raise UserError(f"{folder}: {settings['model']} has changed since the scorer was fitted; fit it anew")
+        return cls(types, tensors, settings, lm)
 
 
 def features_of(lm: LanguageModel | None, questions: list[str]) -> torch.Tensor | None:
@@ -205,7 +198,7 @@ def fluency_signs(question: str, given: Reading) -> list[float]:
     """
     low = given.logprobs[1:].sort().values
     if not len(low):
-        return [-math.inf] * 4  # too short to have any
+        return [-100.0] * 4  # too short to have any
     means = [x.mean().item() for x in (given.logprobs, low[: max(1, len(low) // 4)], low[:2])]
     return [*means, given.logprobs.sum().item() / max(1, len(gates.words(question)))]
 
