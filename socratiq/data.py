@@ -73,7 +73,8 @@ def load_rows(source: str, types: list[str] | None = None) -> list[Row]:
 
     types:  only rows of these types, and those labelled `others`; default: all
 
-    Raises UserError at the first unusable row, or for a type that no row has. Copies are left out and contradictions kept, with a warning each.
+    Raises UserError at the first unusable row, or for a type that no row has. Copies are left out and contradictions
+    kept, with a warning each.
     """
     rows = []
     for name, records in _read_all(source, "--data takes sample, socratiq, a file, a folder, an address or a Hub id"):
