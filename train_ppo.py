@@ -14,7 +14,8 @@ Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One i
  6. Update: a few epochs over minibatches, clipped policy loss + vf_coef * clipped value loss.
 
 What differs from the usual implementation:
- 1. Policy and value share one trunk and one forward pass; the value head is a single linear layer that starts at zero.
+ 1. Policy and value share one trunk and one forward pass. The value head is a single linear layer on the trunk's detached
+    states, scaled to norm 1; its weight starts at zero and its bias at the mean of the first scores (docs/ppo.md).
  2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
  3. The K questions of a prompt share its computation, in sampling and in training (socratiq/batch.py).
  4. Rewards are not whitened, advantages are. Dropout is off. Adam's epsilon is 1e-5.
@@ -132,9 +133,17 @@ def run_stage():
         prompts = [encode_prompt(tokenizer, context, kind, args.max_prompt_tokens) for context, kind in tasks]
         mine = distributed.share(range(len(tasks)))
         seeds = [training.derive_seed(args.seed, *purpose, b) for b in mine]
-        ends = args.max_new_tokens, tokenizer.eos_token_id
+        eos_id, temperature = tokenizer.eos_token_id, args.temperature
         with distributed.unsharded(policy):
-            completions = sample(policy, [prompts[b] for b in mine], samples, *ends, args.temperature, seeds)
+            completions = sample(
+                policy,
+                [prompts[b] for b in mine],
+                samples,
+                args.max_new_tokens,
+                eos_id,
+                temperature=temperature,
+                seeds=seeds,
+            )
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
         contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
@@ -192,6 +201,9 @@ def run_stage():
             warn(f"{where}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
 
         # 4. Log-probs of policy and reference, values.
+        if critic and step == 0:
+            with torch.no_grad():
+                policy.value_head.bias.fill_(scores.mean())  # the critic begins as the constant baseline
         old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}
         with torch.no_grad():
             for start in range(0, len(tasks), minibatch):

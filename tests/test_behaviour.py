@@ -131,7 +131,7 @@ def test_first_dpo_step_follows_the_analytic_gradient(kind, slope):
 PROMPT, TARGET = [1, 5, 7, 3], 6  # the policy begins by answering 6 with a probability of 0.07
 
 
-def bandit(kl_coef, steps=40, samples=64, lr=0.02, max_new_tokens=1, kl_target=None):
+def bandit(kl_coef, steps=60, samples=64, lr=0.02, max_new_tokens=1, kl_target=None):
     """PPO where the reward is 1 if the target token appears. Returns the policy, and per step mean score and mean KL.
 
     The steps are those of train_ppo.py: rollout, score, shaped rewards, advantages, two epochs of clipped updates.
@@ -145,6 +145,8 @@ def bandit(kl_coef, steps=40, samples=64, lr=0.02, max_new_tokens=1, kl_target=N
         batch = make_batch([PROMPT], completions)
         scores = ((batch.tokens == TARGET) & batch.mask.bool()).any(-1).float()
         with torch.no_grad():
+            if step == 0:
+                policy.value_head.bias.fill_(scores.mean())
             old = token_logprobs(policy, batch)
             with policy.reference():
                 reference = token_logprobs(policy, batch)["logprobs"]
@@ -216,6 +218,6 @@ def test_ppo_finds_the_token_anywhere_in_a_longer_answer():
 
 def test_adaptive_kl_coef_brings_the_kl_back_to_its_target():
     _, _, free = bandit(kl_coef=0.1)
-    _, _, steered = bandit(kl_coef=0.1, steps=60, kl_target=0.5)
+    _, _, steered = bandit(kl_coef=0.1, steps=80, lr=0.01, kl_target=0.5)  # at 0.02 it is sure before the price rises
     assert sum(free[-10:]) / 10 > 2
     assert 0.1 < sum(steered[-10:]) / 10 < 1
