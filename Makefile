@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUNS ?= runs
+RUNS ?= runs/demo
 
 .PHONY: demo test lint bench soak serve-test clean install
 
