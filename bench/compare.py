@@ -45,6 +45,7 @@ def parse_arguments():
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each side")
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--plain", action="store_true", help="our side without its engine")
     parser.add_argument("--default-allocator", action="store_true", help="leave glibc's allocator as it is")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--json", default=None, metavar="FILE", help="append the figures to this file")

@@ -1,4 +1,4 @@
-"""On a GPU: are its numbers the CPU's, how quick are updates and sampling, and is memory what was predicted?
+"""On a GPU: are its numbers the CPU's, how quick are updates and sampling, and how much memory do they take?
 
     python bench/gpu.py                        # models shaped like SmolLM2-135M and Llama 3.1 8B; a few minutes
     python bench/gpu.py --shape 135M --steps 8
@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from socratiq import losses, memory, training
+from socratiq import losses, training
 from socratiq.batch import make_batch
 from socratiq.data import load_rows
 from socratiq.models import load_policy, load_tokenizer
@@ -29,22 +29,27 @@ from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
 
-SHAPES = {"tiny": "tiny", "135M": "smollm2", "8B": "Llama 8B"}
+# width, MLP, layers, heads, key heads, vocabulary, one matrix for embedding and head
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 1024, True),
+    "135M": (576, 1536, 30, 9, 3, 49152, True),
+    "8B": (4096, 14336, 32, 32, 8, 128256, False),
+}
 ROWS, PROMPTS, NEW = 8, 16, 48
 
 
-def make_model(shape: memory.Shape, tokenizer, device: str, folder: str) -> None:
+def make_model(shape: str, tokenizer, device: str, folder: str) -> None:
     """Random weights of that shape, with distributions far from uniform, as a checkpoint in `folder`."""
+    width, mlp, layers, heads, key_heads, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
-        vocab_size=max(shape.vocabulary, len(tokenizer)),
-        hidden_size=shape.hidden,
-        intermediate_size=shape.mlp,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_heads,
-        head_dim=shape.head_size,
+        vocab_size=max(vocabulary, len(tokenizer)),
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         max_position_embeddings=8192,
-        tie_word_embeddings=shape.tied,
+        tie_word_embeddings=tied,
         initializer_range=0.06,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -112,7 +117,6 @@ def check_numbers(folder: str, device: str, prompts, questions) -> None:
 
 def check_updates(folder: str, device: str, steps: int, prompts, questions, **options) -> None:
     """Updates of SFT, DPO and PPO, by how many completions a prompt has; and the memory they take."""
-    shape = memory.shape_of(folder)
     policy = load_policy(folder, device, "bfloat16", value_head=True, **options)
     optimizer = training.make_optimizer(policy, 1e-5)
     long = [(list(range(20, 600)) * 2)[i : i + 512] for i in range(ROWS)]  # different from their first token on
@@ -141,17 +145,9 @@ def check_updates(folder: str, device: str, steps: int, prompts, questions, **op
         gigabytes(device)
         took = milliseconds(lambda step, k=samples: update(long, [[[9] * 64] * k] * ROWS), device, 2)
         tokens = ROWS * (512 + 64 * samples)
-        work = memory.Work(
-            *(stage, options["lora_rank"], True, 1, ROWS, samples, 512, 64),
-            four_bit=options.get("load_in_4bit", False),
-            grad_checkpoint=options.get("grad_checkpoint", False),
-        )
-        predicted = memory.forward(shape, work)
-        print(
-            f"     of 512 + {samples} x 64 tokens: {median(took)}, {tokens / min(took) * 1e3:.0f} tokens a second, ",
-            end="",
-        )
-        print(f"{gigabytes(device):.2f} GB ({sum(predicted.values()) / 1e9:.2f} predicted)")
+        speed = tokens / min(took) * 1e3
+        held = gigabytes(device)
+        print(f"     of 512 + {samples} x 64 tokens: {median(took)}, {speed:.0f} tokens a second, {held:.2f} GB")
     for samples in (1, 4):
         took = milliseconds(lambda step, k=samples: sample(policy, prompts[:PROMPTS], k, NEW, -1), device, 2)
         print(f"sampling {PROMPTS} x {samples} x {NEW}: {median(took)}, {gigabytes(device):.2f} GB")
@@ -192,7 +188,7 @@ def main() -> None:
     for shape in args.shape:
         print(f"\n{shape}")
         with tempfile.TemporaryDirectory() as folder:
-            make_model(memory.SHAPES[SHAPES[shape]], tokenizer, args.device, folder)
+            make_model(shape, tokenizer, args.device, folder)
             if shape != "8B":
                 check_numbers(folder, args.device, prompts, questions)
                 beside_generate(folder, args.device, tokenizer, prompts)

@@ -29,6 +29,7 @@ policy = load_policy(
     lora_rank=plan["lora_rank"],
     value_head=work == "ppo",
     trainable=work != "generate",
+    plain=plan["plain"],
 )
 if work != "generate":
     optimizer = training.make_optimizer(policy, plan["lr"], eps=1e-5 if work == "ppo" else 1e-8)

@@ -81,11 +81,7 @@ class Parent:
 
 
 def allocator(tuned: bool) -> None:
-    """The same setting on both sides: socratiq/engine/allocator.py, applied here to whichever side this is.
-
-    What belongs to our sampling, handing pages back at its end, stays on with it.
-    """
-    os.environ["SOCRATIQ_MALLOC"] = "1" if tuned else "0"
+    """The same setting on both sides: glibc keeps freed memory, and a step works in the pages of the one before."""
     if tuned:
         mallopt = ctypes.CDLL(None).mallopt
         assert mallopt(-3, 2**25) and mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
