@@ -117,19 +117,20 @@ def test_plain_leaves_the_engine_out():
 # ------------------------------------------------------------------------------------------------------- layers
 
 
-def test_swiglu():
-    compare(fused.SwiGLU.apply, lambda gate, up: F.silu(gate) * up, (numbers(2, 5, 16), numbers(2, 5, 16)))
-
-
 @pytest.mark.parametrize("biased", [False, True])
-def test_an_adapted_linear_layer(biased):
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_adapted_linear_layer(biased, gated):
     weight, bias = numbers(6, 8).detach(), numbers(6).detach() if biased else None
 
-    def plain(x, A, B):
+    def plain(x, A, B, up=None):
+        x = x if up is None else F.silu(x) * up
         return F.linear(x, weight, bias) + 0.5 * (x @ A.T) @ B.T
 
-    inputs = numbers(1, 5, 8), numbers(3, 8), numbers(6, 3)
-    compare(lambda x, *rest: fused.AddLowRank.apply(x, weight, bias, *rest, 0.5), plain, inputs)
+    def twin(x, A, B, up=None):
+        return fused.AddLowRank.apply(x, up, weight, bias, A, B, 0.5)
+
+    inputs = [numbers(1, 5, 8), numbers(3, 8), numbers(6, 3), numbers(1, 5, 8)]
+    compare(twin, plain, inputs if gated else inputs[:3])
 
 
 # ---------------------------------------------------------------------------------------------------- attention
