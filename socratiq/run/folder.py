@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from socratiq.run.errors import Stopped, UserError, bar, stop_now
+from socratiq.run.errors import Stopped, UserError, bar, stop_now, warn
 from socratiq.run.files import append_jsonl, atomic_write, lock, remove, replacing, sync, to_json
 
 # Arguments that do not change the result: the command that continues a run may differ in them.
@@ -132,15 +132,23 @@ class Run:
         self.last_step = last
         self.progress = bar(total=last, initial=first, desc=self.stage)
         self.in_step = True
-        began = time.monotonic()
+        began, cpu_began = time.monotonic(), time.process_time()
         for step in range(first, last):
             yield step
             self.progress.update()
-            minutes = (time.monotonic() - began) / 180 * (last - first)
-            if step == first + 2 and minutes > 1:
-                self.progress.write(f"{self.stage}: {last - first} steps will take about {minutes:.0f} minutes")
+            if step == first + 2:
+                self._say_how_long(time.monotonic() - began, time.process_time() - cpu_began, 3, last - first)
         self.in_step = False
         self.progress.close()
+
+    def _say_how_long(self, seconds: float, cpu_seconds: float, done: int, steps: int) -> None:
+        minutes = seconds / done * steps / 60
+        if minutes > 1:
+            self.progress.write(f"{self.stage}: {steps} steps will take about {minutes:.0f} minutes")
+        threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1
+        if threads > 1 and cpu_seconds < 0.75 * threads * seconds and minutes > 1:
+            warn(f"other programs are busy: this one gets {cpu_seconds / seconds:.1f} of its {threads} cores, and threads "
+                 "wait for each other; OMP_NUM_THREADS=1 may be several times as fast")  # fmt: skip
 
     def end_step(
         self, step: int, policy, optimizer, metrics: dict, state: dict, *, seconds, tokens, show=None, checkpoint=False
