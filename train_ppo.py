@@ -14,8 +14,8 @@ Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One i
  6. Update: a few epochs over minibatches, clipped policy loss + vf_coef * clipped value loss.
 
 What differs from the usual implementation:
- 1. Policy and value share one trunk and one forward pass. The value head is a single linear layer on the trunk's detached
-    states, scaled to norm 1; its weight starts at zero and its bias at the mean of the first scores (docs/ppo.md).
+ 1. Policy and value share one trunk and one forward pass. The value head is a single linear layer on the trunk's
+    detached states of norm 1; its weight starts at zero, its bias at the mean of the first scores (docs/ppo.md).
  2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
  3. The K questions of a prompt share its computation, in sampling and in training (socratiq/batch.py).
  4. Rewards are not whitened, advantages are. Dropout is off. Adam's epsilon is 1e-5.

@@ -123,8 +123,8 @@ def token_logprobs(
         hidden = policy.hidden(batch.input_ids, batch.position_ids, attend, batch.read)  # (M, H)
         found = policy.twin(score_tokens)(policy.lm.lm_head, hidden, batch.tokens[scored], temperature, watch)
     if policy.value_head is not None:
-        # States of norm 1: at smollm2's norm of 43 one step of Adam moves V by more than all rewards. Detached: a critic
-        # that foresees nothing must not pull the trunk.
+        # States of norm 1: at smollm2's norm of 43 one step of Adam moves V by more than all rewards. Detached: a
+        # critic that foresees nothing must not pull the trunk.
         found["values"] = policy.value_head(F.normalize(hidden.detach().float(), dim=-1)).squeeze(-1)  # (M,)
     return {name: torch.zeros_like(batch.mask).masked_scatter(scored, x) for name, x in found.items()}  # (B, K, C)
 

@@ -147,8 +147,8 @@ class Run:
             self.progress.write(f"{self.stage}: {steps} steps will take about {minutes:.0f} minutes")
         threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1
         if threads > 1 and cpu_seconds < 0.75 * threads * seconds and minutes > 1:
-            warn(f"other programs are busy: this one gets {cpu_seconds / seconds:.1f} of its {threads} cores, and threads "
-                 "wait for each other; OMP_NUM_THREADS=1 may be several times as fast")  # fmt: skip
+            got = f"{cpu_seconds / seconds:.1f} of {threads} cores"
+            warn(f"other programs are busy: this one gets {got}; OMP_NUM_THREADS=1 may be several times as fast")
 
     def end_step(
         self, step: int, policy, optimizer, metrics: dict, state: dict, *, seconds, tokens, show=None, checkpoint=False
