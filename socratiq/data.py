@@ -18,7 +18,6 @@ import os
 import re
 import unicodedata
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -49,9 +48,15 @@ class Pair(NamedTuple):
 
 Records = list[tuple[str, dict]]  # (place, {column in lower case: value}) of every row, unchecked
 
-COLUMNS = {"context": ("context", "thought"), "question": ("question",), "type": ("type", "label", "schema")}
-# Verdicts in a column `preference`, or in a column `label` as the 2025 shared task on critical questions words them.
+# Names of each field's column. `intervention`, `cq` and the verdicts are those of the 2025 shared task on critical
+# questions, whose verdicts stand in its column `label`; others have a column `preference`.
+COLUMNS = {
+    "context": ("context", "thought", "intervention"),
+    "question": ("question", "cq"),
+    "type": ("type", "label", "schema"),
+}
 VERDICTS = {"useful": "chosen", "unhelpful": "rejected", "invalid": "rejected"}
+VERDICTS |= {"chosen": "chosen", "rejected": "rejected", "": ""}
 # SocratiQ's labels as they stand in front of a context. Case matters: a text may well begin with "Clarity: ...".
 PREFIX = re.compile("(clarity|assumptions|reasons_evidence|(implication|alternate)[a-z_]+|others): *(?=\\S)")
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
@@ -89,42 +94,42 @@ def load_rows(source: str, types: list[str] | None = None) -> list[Row]:
     contradictions = len(unique) - len({key[:2] for key in unique})
     if contradictions:
         warn(f"{source}: questions with a second type or verdict, kept under each: {contradictions:,}")
-    return _of_types(source, list(unique.values()), types) if types else list(unique.values())
-
-
-def _of_types(source: str, rows: list[Row], types: list[str]) -> list[Row]:
-    wanted, known = {display_name(name) for name in types}, {row.type for row in rows}
-    if missing := sorted(wanted - known):
-        raise UserError(f"--types: {source} has no row of type {missing[0]!r}; it has {', '.join(sorted(known))}")
-    return [row for row in rows if row.type in {*wanted, OTHERS}]
+    known = {row.type for row in unique.values()}
+    wanted = {display_name(name) for name in types} if types else known
+    for name in sorted(wanted - known):
+        raise UserError(f"--types: {source} has no row of type {name!r}; it has {', '.join(sorted(known))}")
+    return [row for row in unique.values() if row.type in {*wanted, OTHERS}]
 
 
 def _rows_of(name: str, records: Records) -> list[Row]:
-    if any(str(record.get("label")).strip().lower() in VERDICTS for _, record in records):
-        for _, record in records:  # then this column holds no types
-            record["preference"] = VERDICTS.get(str(record.pop("label", None)).strip().lower())
-    if {"input", "target"} <= _names(records) and "question" not in _names(records):  # SocratiQ's full files
-        for _, record in records:
-            label, _, context = str(record.get("input")).partition(":")
-            record |= {"type": label, "context": context, "question": record.get("target")}
+    labels_are_verdicts = any(_verdict(record.get("label")) for _, record in records)
+    for _, record in records:
+        if labels_are_verdicts:
+            record["preference"] = _verdict(record.pop("label", None))
+        if record.keys() >= {"input", "target"} and "question" not in record:  # SocratiQ's full files
+            label, _, context = str(record["input"]).partition(":")
+            record |= {"type": label, "context": context, "question": record["target"]}
     context, question = (_column(name, records, field) for field in ("context", "question"))
     type_column = _column(name, records, "type", needed="preference" not in _names(records))
     rows = []
     for place, record in records:
-        verdict = _text(place, record, "preference", needed=False).lower()
-        preference = VERDICTS.get(verdict, verdict)
-        if preference not in ("chosen", "rejected", ""):
-            raise UserError(f"{place}: the preference is {_shorten(verdict)!r}; write chosen, rejected or nothing")
+        preference = _verdict(_text(place, record, "preference", needed=False))
+        if preference is None:
+            found = _shorten(repr(record["preference"]))
+            raise UserError(f"{place}: the preference is {found}; write chosen, rejected or nothing")
         label = _text(place, record, type_column, needed=not preference) if type_column else ""
         type_name = display_name(" ".join(label.split()))
         if len(type_name) > LONGEST_TYPE or (label and not type_name):
-            raise UserError(
-                f"{place}: the type is {_shorten(label)!r}; expected a name of at most {LONGEST_TYPE} characters such "
-                "as 'Cause to effect'"
-            )
+            expected = f"a name of at most {LONGEST_TYPE} characters such as 'Cause to effect'"
+            raise UserError(f"{place}: the type is {_shorten(label)!r}; expected {expected}")
         asked = " ".join(_text(place, record, question).split())
         rows.append(Row(_text(place, record, context), asked, type_name, place, preference))
     return rows
+
+
+def _verdict(value) -> str | None:
+    """ "chosen", "rejected" or "" as a verdict's words mean it; None for other words."""
+    return VERDICTS.get(str(value).strip().lower())
 
 
 def _names(records: Records) -> set[str]:
@@ -137,9 +142,8 @@ def _column(name: str, records: Records, field: str, needed: bool = True) -> str
     found = [column for column in wanted if column in present]
     if needed and records and not found:
         seen = ", ".join(repr(_shorten(column, 20)) for column in sorted(present) if column) or "none at all"
-        raise UserError(
-            f"{name}: no column for the {field}; the columns are {seen}; name one of them {' or '.join(wanted)}"
-        )
+        hint = f"name one of them {' or '.join(wanted)}"
+        raise UserError(f"{name}: no column for the {field}; the columns are {seen}; {hint}")
     if len(found) > 1:
         warn(f"{name}: columns {' and '.join(found)} could be the {field}; reading {found[0]}")
     return found[0] if found else ""
@@ -213,14 +217,11 @@ def _shorten(text: str, longest: int = 60) -> str:
 
 def _read_all(source: str, hint: str) -> list[tuple[str, Records]]:
     """Name and records of every file, or split of a Hub data set. `hint` says how a missing source can be helped."""
-    if source == "sample":
-        return [("sample", _read("sample", str(SAMPLE)))]
-    if source == "socratiq":
-        source = SOCRATIQ
-    if os.path.isdir(source):
-        return _read_folder(Path(source))
-    if os.path.exists(source) or source.startswith(ADDRESS):
-        return [(source, _read(source, source))]
+    location = {"sample": str(SAMPLE), "socratiq": SOCRATIQ}.get(source, source)
+    if os.path.isdir(location):
+        return _read_folder(Path(location))
+    if os.path.exists(location) or location.startswith(ADDRESS):
+        return [(source, _read(source, location))]
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+(:[\w.-]+)?", source)
     if not hub_id or os.path.exists(hub_id[1]) or source.lower().endswith(SUFFIXES):
         raise UserError(f"{source or repr(source)}: no such file or folder; {hint}")
@@ -234,126 +235,10 @@ def _read_folder(folder: Path) -> list[tuple[str, Records]]:
     tables = {name: _read(name, name) for name in files}
     if not tables:
         raise UserError(f"{folder}: no data files in this folder; expected files ending in {', '.join(SUFFIXES)}")
-    data = {name: table for name, table in tables.items() if _names(table) & {"question", "target", "chosen"}}
+    data = {name: table for name, table in tables.items() if _names(table) & {"question", "cq", "target", "chosen"}}
     if data and len(data) < len(tables):
         warn(f"{folder}: files without a column of questions left out: {', '.join(sorted(tables.keys() - data))}")
     return list((data or tables).items())
-
-
-def _read(name: str, location: str) -> Records:
-    """The records of one file on the disk or at an address; `name` is what messages call it."""
-    path = re.sub("[?#].*", "", location) if location.startswith(ADDRESS) else location
-    suffix = PurePosixPath(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{name}: unknown kind of file {suffix or '(no suffix)'!r}; expected {', '.join(SUFFIXES)}")
-    try:
-        with urllib.request.urlopen(location, timeout=60) if "://" in path else open(location, "rb") as file:
-            if suffix in (".parquet", ".arrow"):
-                return _read_arrow(name, file.read(), suffix)
-            text = file.read().decode("utf-8-sig")
-        return _read_csv(name, text) if suffix in (".csv", ".tsv") else _read_json(name, text, suffix)
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        reason = f"byte 0x{error.object[error.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
-    except (OSError, ValueError, RecursionError) as error:
-        reason = _shorten(str(error).strip("<>"), 200)
-    raise UserError(f"{name}: cannot be read ({reason}); correct the file or its name")
-
-
-def _read_csv(name: str, text: str) -> Records:
-    """Separated by comma, semicolon or tab, whichever the header has most of, or as Excel's first line `sep=;` says."""
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 131,072 characters
-    excel = re.match("sep=(.)\r?\n", text)
-    delimiter = excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)
-    lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    rows, end = [], 0
-    try:
-        for cells in reader:
-            rows += [(end + 1, cells)] if cells else []
-            end = reader.line_num
-    except csv.Error as error:
-        raise ValueError(f"line {end + 1}: {error}; close every quote, and write a quote in a cell twice") from None
-    rows = rows[1:] if excel else rows
-    header = [cell.strip().lower() for cell in rows[0][1]] if rows else []
-    twice = [cell for cell in header if cell and header.count(cell) > 1]
-    if twice:
-        raise ValueError(f"two columns are named {twice[0]!r}; rename one")
-    records = []
-    for number, (line, cells) in enumerate(rows[1:], 1):
-        place = f"{name} row {number} (line {line})"
-        if len(cells) < len(header) or any(cells[len(header) :]):
-            raise UserError(
-                f"{place}: {len(cells)} cells under {len(header)} columns; fill in missing cells, and put a cell that "
-                f"holds {delimiter!r} in double quotes"
-            )
-        records.append((place, dict(zip(header, cells, strict=False))))
-    return records
-
-
-def _read_json(name: str, text: str, suffix: str) -> Records:
-    """One object a line, [row, ...], {"data": [row, ...]}, {"context": [...], ...}, or the shared task's format."""
-    if suffix != ".json" or re.match(r"\s*\{.*\}\s*\n\s*\{", text):
-        lines = [(f"{name} line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(place, _parse(place, line)) for place, line in lines]
-    else:
-        value = _parse(name, text)
-        if isinstance(value, dict) and isinstance(value.get("data"), list):
-            value = value["data"]
-        inner = list(value.values()) if isinstance(value, dict) else []
-        if inner and all(isinstance(text, dict) and isinstance(text.get("cqs"), list) for text in inner):
-            value = list(_questions(value))
-        elif inner and all(isinstance(column, dict | list) for column in inner):
-            value = _transposed(value)
-        value = value if isinstance(value, list) else [value]
-        rows = [(f"{name} row {number}", row) for number, row in enumerate(value, 1)]
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: expected an object of named fields, found {_shorten(json.dumps(row), 40)}")
-    return [(place, {column.strip().lower(): value for column, value in row.items()}) for place, row in rows]
-
-
-def _parse(place: str, text: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
-        raise UserError(f"{place}: not JSON ({str(error).replace('line 1 column', 'column')}); correct it") from None
-
-
-def _questions(texts: dict) -> Iterator:
-    """Of {id: {"intervention": text, "cqs": [{"cq": question, "label": "Useful"}, ...]}, ...}."""
-    for text in texts.values():
-        for asked in text["cqs"]:
-            about = {"context": text.get("intervention")}
-            yield about | {"question": asked.get("cq")} | asked if isinstance(asked, dict) else asked
-
-
-def _transposed(columns: dict) -> list[dict]:
-    """The rows of {"context": {"0": ..., "1": ...}, ...}, as pandas writes a table, or of {"context": [...], ...}."""
-    lists = [column.values() if isinstance(column, dict) else column for column in columns.values()]
-    if len(set(map(len, lists))) > 1:
-        raise ValueError("its columns differ in length")
-    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
-
-
-def _read_arrow(name: str, content: bytes, suffix: str) -> Records:
-    from pyarrow import BufferReader, ipc, parquet
-
-    file = BufferReader(content)
-    return _arrow_records(name, parquet.read_table(file) if suffix == ".parquet" else ipc.open_stream(file).read_all())
-
-
-def _arrow_records(name: str, table) -> Records:
-    """`datasets` stores a class as a number: its name is put there, or None for -1, which means no label."""
-    notes = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    columns = table.to_pydict()
-    for column, feature in notes.get("info", {}).get("features", {}).items():
-        if isinstance(feature, dict) and feature.get("names") and column in columns:
-            classes = dict(enumerate(feature["names"]))
-            columns[column] = [classes.get(number) for number in columns[column]]
-    names = [column.strip().lower() for column in columns]
-    rows = zip(*columns.values(), strict=True)
-    return [(f"{name} row {number}", dict(zip(names, row, strict=True))) for number, row in enumerate(rows, 1)]
 
 
 def _read_hub(source: str) -> list[tuple[str, Records]]:
@@ -364,12 +249,116 @@ def _read_hub(source: str) -> list[tuple[str, Records]]:
     try:
         splits = datasets.load_dataset(repository, configuration or None)
     except Exception as error:  # of many kinds, from several packages
-        reason = _shorten(str(error.__cause__ or error), 200)
-        raise UserError(
-            f"{source}: no such file or folder here, and the Hub gave no data set of that name ({reason}); check the "
-            "name (owner/name or owner/name:configuration) and the network, or run `hf auth login` if it is gated"
-        ) from None
-    return [(f"{source} {split}", _arrow_records(f"{source} {split}", splits[split].data.table)) for split in splits]
+        problem = "no such file or folder here, and the Hub gave no data set of that name"
+        hint = "check the name (owner/name or owner/name:configuration), the network and `hf auth whoami`"
+        raise UserError(f"{source}: {problem} ({_shorten(str(error.__cause__ or error), 200)}); {hint}") from None
+    return [(f"{source} {split}", _from_arrow(f"{source} {split}", splits[split].data.table)) for split in splits]
+
+
+def _read(name: str, location: str) -> Records:
+    """The records of one file on the disk or at an address; `name` is what messages call it."""
+    path = re.sub("[?#].*", "", location) if location.startswith(ADDRESS) else location
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{name}: unknown kind of file {suffix or '(no suffix)'!r}; expected {', '.join(SUFFIXES)}")
+    try:
+        with urllib.request.urlopen(location, timeout=60) if "://" in path else open(location, "rb") as file:
+            content = file.read()
+        if suffix in (".parquet", ".arrow"):
+            return _from_arrow(name, _arrow_table(content, suffix))
+        text = content.decode("utf-8-sig")
+        return _read_csv(name, text) if suffix in (".csv", ".tsv") else _read_json(name, text, suffix)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        reason = f"byte 0x{error.object[error.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = _shorten(str(error).strip("<>"), 200)
+    raise UserError(f"{name}: cannot be read ({reason}); correct the file or its name")
+
+
+def _records(rows: list[tuple[str, object]]) -> Records:
+    """Rows of any format: objects, with their columns in lower case."""
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: expected an object of named fields, found {_shorten(json.dumps(row), 40)}")
+    return [(place, {column.strip().lower(): value for column, value in row.items()}) for place, row in rows]
+
+
+def _read_csv(name: str, text: str) -> Records:
+    """Separated by comma, semicolon or tab, whichever the header has most of, or as Excel's first line `sep=;` says."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 131,072 characters
+    excel = re.match("sep=(.)\r?\n", text)
+    delimiter = excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)
+    lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows, line = [], 1
+    try:
+        for cells in reader:
+            rows += [(line, cells)] if cells else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line}: {error}; close every quote, and write a quote in a cell twice") from None
+    (_, header), *rows = rows[bool(excel) :] or [(1, [])]
+    header = [cell.strip().lower() for cell in header]
+    for column in filter(None, header):
+        if header.count(column) > 1:
+            raise ValueError(f"two columns are named {column!r}; rename one")
+    records = []
+    for number, (line, cells) in enumerate(rows, 1):
+        place = f"{name} row {number} (line {line})"
+        if len(cells) < len(header) or any(cells[len(header) :]):
+            hint = f"fill in missing cells, and put a cell that holds {delimiter!r} in double quotes"
+            raise UserError(f"{place}: {len(cells)} cells under {len(header)} columns; {hint}")
+        records.append((place, dict(zip(header, cells, strict=False))))
+    return records
+
+
+def _read_json(name: str, text: str, suffix: str) -> Records:
+    """One object after the other, each on a line or more; a .json file can hold a single table instead."""
+    decoder, rows, line, start, end = json.JSONDecoder(), [], 1, 0, 0
+    while found := re.compile(r"\S").search(text, end):
+        line += text.count("\n", start, found.start())
+        start = found.start()
+        value, end = decoder.raw_decode(text, start)
+        rows.append((f"{name} line {line}", value))
+    if suffix == ".json" and len(rows) == 1:
+        rows = [(f"{name} row {number}", row) for number, row in enumerate(_json_table(value), 1)]
+    return _records(rows)
+
+
+def _json_table(value) -> list:
+    """The rows of [row, ...], {"data": [row, ...]}, a table by columns, the shared task's format, or a single row."""
+    if isinstance(value, dict) and isinstance(value.get("data"), list):
+        value = value["data"]
+    if not isinstance(value, dict) or not value:
+        return value if isinstance(value, list) else [value]
+    columns = value.values()
+    if all(isinstance(text, dict) and isinstance(text.get("cqs"), list) for text in columns):
+        return [text | asked if isinstance(asked, dict) else asked for text in columns for asked in text["cqs"]]
+    if all(isinstance(column, dict) for column in columns) or all(isinstance(column, list) for column in columns):
+        import pandas
+
+        return pandas.DataFrame(value, dtype=object).to_dict("records")  # which writes such tables
+    return [value]
+
+
+def _arrow_table(content: bytes, suffix: str):
+    from pyarrow import BufferReader, ipc, parquet
+
+    file = BufferReader(content)
+    return parquet.read_table(file) if suffix == ".parquet" else ipc.open_stream(file).read_all()
+
+
+def _from_arrow(name: str, table) -> Records:
+    """`datasets` stores a class as a number: its name is put there, or None for -1, which means no label."""
+    notes = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    rows = table.to_pylist()
+    for column, feature in notes.get("info", {}).get("features", {}).items():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            classes = dict(enumerate(feature["names"]))
+            for row in rows:
+                row[column] = classes.get(row.get(column))
+    return _records([(f"{name} row {number}", row) for number, row in enumerate(rows, 1)])
 
 
 # --- split ----------------------------------------------------------------------------------------------------------

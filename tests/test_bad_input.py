@@ -49,7 +49,7 @@ def json_line(**changed) -> bytes:
 NOTHING = ": holds no rows; a row needs a context, a question and a type"
 KINDS = ".csv, .tsv, .json, .jsonl, .ndjson, .parquet, .arrow"
 UNREADABLE = "; correct the file or its name"
-COLUMNS = "; name one of them context or thought"
+COLUMNS = "; name one of them context or thought or intervention"
 CELLS = "; fill in missing cells, and put a cell that holds ',' in double quotes"
 QUOTES = "; close every quote, and write a quote in a cell twice)" + UNREADABLE
 EMPTY = "is empty; fill it in or remove the row"
@@ -79,7 +79,7 @@ FILES = [  # each message begins with the path of the file
     (
         "rows.csv",
         b"context,ask,type\na,b,c\n",
-        ": no column for the question; the columns are 'ask', 'context', 'type'; name one of them question",
+        ": no column for the question; the columns are 'ask', 'context', 'type'; name one of them question or cq",
     ),
     (
         "rows.csv",
@@ -130,24 +130,28 @@ FILES = [  # each message begins with the path of the file
     ("rows.jsonl", json_line(question=""), f" line 2: the question {EMPTY}"),
     ("rows.jsonl", json_line(question="\u202e\u200b"), f" line 2: the question {EMPTY}"),
     # ---- json
-    ("rows.jsonl", json_line() + b'{"context": "Some te', " line 3: not JSON (Unterminated string starting ..."),
-    ("rows.jsonl", json_line() + b"oops\n", " line 3: not JSON (Expecting value: column 1 (char 0)); correct it"),
-    ("rows.jsonl", b"{'context': 'a'}\n", " line 1: not JSON (...: column 2 (char 1)); correct it"),
+    (
+        "rows.jsonl",
+        json_line() + b'{"context": "Some te',
+        ": cannot be read (Unterminated string starting at: line 3 ...",
+    ),
+    ("rows.jsonl", json_line() + b"oops\n", ": cannot be read (Expecting value: line 3 column 1 (...))" + UNREADABLE),
+    ("rows.jsonl", b"{'context': 'a'}\n", ": cannot be read (...: line 1 column 2 (char 1))" + UNREADABLE),
     ("rows.jsonl", json_line() + b'["a", "b"]\n', ' line 3: expected an object of named fields, found ["a", "b"]'),
-    ("rows.json", b'[{"context": "a"},\n{]', ": not JSON (...: line 2 column 2 (char 20)); correct it"),
+    ("rows.json", b'[{"context": "a"},\n{]', ": cannot be read (...: line 2 column 2 (char 20))" + UNREADABLE),
     ("rows.json", b'[1, {"context": "a"}]', " row 1: expected an object of named fields, found 1"),
     ("rows.json", b'"a text"', ' row 1: expected an object of named fields, found "a text"'),
-    ("rows.json", b"[" * 100_000, ": not JSON (maximum recursion depth exceeded...); correct it"),
-    ("rows.json", b"[" + b"9" * 5000 + b"]", ": not JSON (...); correct it"),
+    ("rows.json", b"[" * 100_000, ": cannot be read (maximum recursion depth exceeded...)" + UNREADABLE),
+    ("rows.json", b"[" + b"9" * 5000 + b"]", ": cannot be read (...)" + UNREADABLE),
     (
         "rows.json",
         b'{"context": ["a", "b"], "question": ["c"], "type": ["d"]}',
-        ": cannot be read (its columns differ in length)" + UNREADABLE,
+        ": cannot be read (All arrays must be of the same length)" + UNREADABLE,
     ),
     # ---- the shared task's format
     ("rows.json", b'{"A": {"intervention": "a", "cqs": ["b"]}}', " row 1: expected an object of named fields, ..."),
-    ("rows.json", b'{"A": {"intervention": "a", "cqs": [{"label": "Useful"}]}}', f" row 1: the question {EMPTY}"),
-    ("rows.json", b'{"A": {"cqs": [{"cq": "b", "label": "Useful"}]}}', f" row 1: the context {EMPTY}"),
+    ("rows.json", b'{"A": {"intervention": "a", "cqs": [{"label": "Useful"}]}}', ": no column for the question; ..."),
+    ("rows.json", b'{"A": {"cqs": [{"cq": "b", "label": "Useful"}]}}', ": no column for the context; ..."),
 ]
 
 
@@ -165,7 +169,10 @@ TABLES = [
         " row 1: the question is 1.5 (float); write it as text",
     ),
     ({"text": ["a"]}, ": no column for the context; the columns are 'text'" + COLUMNS),
-    ({"context": ["a"], "text": ["a"], "type": ["c"]}, ": no column for the question; ...; name one of them question"),
+    (
+        {"context": ["a"], "text": ["a"], "type": ["c"]},
+        ": no column for the question; ...; name one of them question or cq",
+    ),
     ({"context": [], "question": [], "type": []}, NOTHING),
 ]
 
@@ -208,7 +215,7 @@ PAIR = {"prompt": "Ask.", "chosen": "Why?", "rejected": "What?"}
 PAIRS = [
     (b"", ": no pairs in the file; run make_pairs.py"),
     (b"\n", ": no pairs in the file; run make_pairs.py"),
-    (b"prompt,chosen,rejected\n", " line 1: not JSON (Expecting value: column 1 (char 0)); correct it"),
+    (b"prompt,chosen,rejected\n", ": cannot be read (Expecting value: line 1 column 1 (char 0))" + UNREADABLE),
     (b"[1]\n", " line 1: expected an object of named fields, found [1]"),
     (b'\n{"prompt": "caf\xe9"}\n', ": cannot be read (byte 0xe9 in line 2 is not UTF-8; ...)" + UNREADABLE),
     (
