@@ -20,15 +20,16 @@ from socratiq.run.errors import UserError, main, warn
 from socratiq.scorer.gates import GATES, LOW
 from socratiq.taxonomy import TYPES, display_name
 
+STAGES = ("runs/ppo", "runs/dpo", "runs/sft")  # the first one that is finished is asked
+
 
 def parse_arguments(argv: list[str] | None = None):
     parser = options.Parser(prog="python -m socratiq.ask", description="Ask critical questions about a text.")
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("text", nargs="?", help="the text; without it and --file, standard input is read")
     add("--file", metavar="FILE", help="read the text from a file")
-    add(
-        "--type", action="append", metavar="TYPE", help="type of question, any spelling; repeat for more (default: all)"
-    )
+    add = parser.add_argument
+    add("--type", action="append", metavar="TYPE", help="in any spelling; repeat for more types (default: all)")
     add("--n", type=options.count, default=4, help="questions drawn for each type; of several types the best is shown")
     add("--json", action="store_true", help="print all questions and every part of their rewards as one JSON object")
     add = parser.add_argument_group("model").add_argument
@@ -39,45 +40,38 @@ def parse_arguments(argv: list[str] | None = None):
     add("--max-new-tokens", type=options.count, default=64, metavar="TOKENS", help="longest question")
     add("--max-prompt-tokens", type=options.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="precision (auto: bfloat16 where fast)"
-    )
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
     add("--plain", action="store_true", help="leave the engine out: slower, the same questions")
-    args = parser.parse_args(argv)
-    if args.text is not None and args.file is not None:
-        parser.error("a text and --file: give one of them")
-    return args
+    return parser.parse_args(argv)
 
 
 def find_model(args) -> tuple[str, str]:
     """Names of the model and of the scorer's folder, "none" to rank nothing. Raises UserError if nothing is trained."""
-    stages = [f"runs/{stage}" for stage in ("ppo", "dpo", "sft")]
-    name = args.model or next((stage for stage in stages if Path(stage, "config.json").exists()), None)
-    if name is None:
-        raise UserError("no finished model in runs: train one (make demo), or name one, such as --model smollm2")
-    if not args.model and name != stages[0]:
-        warn(f"{stages[0]} is not there yet; asking {name}")
-    scorer = args.scorer or str(Path(name).parent / "scorer" if Path(name).is_dir() else Path("runs/scorer"))
-    if not args.scorer and not Path(scorer).exists():
-        warn(f"{scorer} is not there; the questions are not ranked")
-        return name, "none"
-    return name, scorer
+    finished = [stage for stage in STAGES if Path(stage, "config.json").exists()]
+    options.check(args.model or finished, "no finished model in runs: train one (make demo), or name one with --model")
+    name = args.model or finished[0]
+    if not args.model and name != STAGES[0]:
+        warn(f"{STAGES[0]} is not there yet; asking {name}")
+    scorer = Path(name).parent / "scorer" if Path(name).is_dir() else Path("runs/scorer")
+    if args.scorer or scorer.exists():
+        return name, args.scorer or str(scorer)
+    warn(f"{scorer} is not there; the questions are not ranked")
+    return name, "none"
 
 
 def read_text(args) -> str:
     """The text of the command line, the file or standard input, tidied."""
-    if args.text is None and args.file is None and sys.stdin.isatty():
-        raise UserError("no text: give one in quotes, name a file with --file, or pipe one in")
-    where = args.file or ("standard input" if args.text is None else "the text")
-    try:
-        content = (
-            Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read() if args.text is None else args.text
-        )
-        text = clean(content if isinstance(content, str) else content.decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: cannot be read as UTF-8 text ({error})") from None
-    options.check(text != "", f"{where} is empty; there is nothing to ask about")
-    return text
+    where, text = "the text", args.text
+    if text is None:
+        where = args.file or "standard input"
+        options.check(args.file or not sys.stdin.isatty(), "no text: give one in quotes, name a --file, or pipe one in")
+        try:
+            content = Path(args.file).read_bytes() if args.file else sys.stdin.buffer.read()
+            text = content.decode("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: cannot be read as UTF-8 text ({error})") from None
+    options.check(clean(text) != "", f"{where} is empty; there is nothing to ask about")
+    return clean(text)
 
 
 def choose_types(wanted: list[str] | None, known: list[str]) -> list[str]:

@@ -11,12 +11,14 @@ moved, so that there is a KL to see. Losses and reward are those of the training
 import os
 import shutil
 import sys
+from itertools import combinations
 
 from socratiq.run import options
 from socratiq.run.errors import UserError, main, warn
 from socratiq.taxonomy import OTHERS
 
-COLOURS = {"prompt": "36", "completion": "32", "eos": "1;33", "padding": "2"}  # cyan, green, bold yellow, dim
+COLOURS = {"prompt": "\033[36m", "completion": "\033[32m", "eos": "\033[1;33m", "padding": "\033[2m"}
+SIGNS = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "↵", "\n": "↵"})  # how tokenizers write a space and a line end
 PROMPT_SHOWN = 3  # of the prompt, only the last tokens are shown
 BETA, KL_COEF, GAMMA, LAM, CLIP, VF_COEF, SAMPLES = 0.1, 0.05, 1.0, 0.95, 0.2, 0.1, 2
 
@@ -33,19 +35,18 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def paint(text: str, code: str) -> str:
-    """The text in a colour, on a terminal that wants colours."""
-    wanted = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return f"\033[{code}m{text}\033[0m" if wanted and text.strip() else text
-
-
 def print_table(kinds: list[str], rows: dict[str, list[str]]) -> None:
     """Rows of cells under each other, one column a token, wrapped to the width of the terminal.
 
-    kinds: "prompt", "completion", "eos" or "padding" of each column; rows: name -> one text per column.
+    kinds: "prompt", "completion", "eos" or "padding" of each column, a colour each on a terminal that wants colours;
+    rows: name -> one text per column; a short row is empty at its end.
     """
-    room = min(shutil.get_terminal_size((110, 24)).columns, 160) - max(map(len, rows)) - 1
-    widths = [max(len(row[i]) for row in rows.values()) + 2 for i in range(len(kinds))]
+    coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colours, reset = (COLOURS, "\033[0m") if coloured else (dict.fromkeys(COLOURS, ""), "")
+    margin = max(map(len, rows)) + 1
+    room = min(shutil.get_terminal_size((110, 24)).columns, 160) - margin
+    rows = {name: row + [""] * (len(kinds) - len(row)) for name, row in rows.items()}
+    widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
     start = 0
     while start < len(kinds):
         end = start + 1
@@ -53,8 +54,8 @@ def print_table(kinds: list[str], rows: dict[str, list[str]]) -> None:
             end += 1
         print()
         for name, row in rows.items():
-            cells = [paint(row[i].rjust(widths[i]), COLOURS[kinds[i]]) for i in range(start, end)]
-            print((name.ljust(max(map(len, rows)) + 1) + "".join(cells)).rstrip())
+            cells = [colours[kinds[i]] + row[i].rjust(widths[i]) + reset for i in range(start, end)]
+            print((name.ljust(margin) + "".join(cells)).rstrip())
         start = end
 
 
@@ -64,8 +65,7 @@ def pick_rows(rows, data: str):
     for row in rows:
         by_context.setdefault(row.context, []).append(row)
     for context in sorted(by_context, key=len):
-        first, *rest = by_context[context]
-        for other in rest:
+        for first, other in combinations(by_context[context], 2):
             if other.type != first.type:
                 return first, other
     raise UserError(f"--data {data}: no text has questions of two types, so there is no pair to show")
@@ -77,27 +77,23 @@ class Show:
     def __init__(self, args):
         from socratiq.data import load_rows
         from socratiq.models import load_tokenizer
+        from socratiq.prompts import encode_completion, encode_prompt
 
         self.args, self.rows = args, load_rows(args.data)
         self.about = pick_rows([row for row in self.rows if row.type not in ("", OTHERS)], args.data)
         self.tokenizer = load_tokenizer(args.model)
         self.eos = self.tokenizer.eos_token_id
-        self.prompt, self.question = self.encode(self.about[0])
-        print(f"text     {self.about[0].context}\ntype     {self.about[0].type}")
+        self.context, self.type = self.about[0].context, self.about[0].type
+        self.prompt = encode_prompt(self.tokenizer, self.context, self.type, 512)
+        self.questions = [encode_completion(self.tokenizer, row.question) for row in self.about]
+        print(f"text     {self.context}\ntype     {self.type}")
         print(f"prompt   {len(self.prompt)} tokens; the last {PROMPT_SHOWN} are shown. A space is written ·")
 
     def sft(self) -> None:
         """K = 1: the log-prob of every token of the human question."""
-        from socratiq import losses
-
         self.begin("SFT: K = 1, the human question")
-        batch = self.batch([self.prompt], [[self.question]])
-
-        def step():
-            logprobs = self.logprobs(batch)["logprobs"]
-            return losses.sft_loss(logprobs, batch.mask), logprobs
-
-        (loss, logprobs), (loss_after, after) = self.learn(step)
+        batch = self.batch(self.questions[:1])
+        (loss, logprobs), (loss_after, after) = self.learn(lambda: self.sft_step(batch))
         self.table(batch, 0, {"log pi": logprobs, "  after": after})
         print(f"\nloss = - (sum of log pi) / (sum of mask) = {loss:.4f}; after one update {loss_after:.4f}")
 
@@ -106,7 +102,7 @@ class Show:
         from socratiq import losses
 
         self.begin("DPO: K = 2, a chosen and a rejected question behind one prompt")
-        batch = self.batch([self.prompt], [[self.question, self.encode(self.about[1])[1]]])
+        batch = self.batch(self.questions)
         reference = self.reference(batch)
         ref_logps = losses.sequence_logps(reference, batch.mask)[0]  # (2,) chosen, rejected
 
@@ -131,15 +127,15 @@ class Show:
         from socratiq.sampling import sample
 
         self.begin(f"PPO: K = {SAMPLES}, questions of the policy's own")
-        human = self.batch([self.prompt], [[self.question]])
+        human = self.batch(self.questions[:1])
         for _ in range(3):  # away from the reference, and towards a question
-            self.learn(lambda: (losses.sft_loss(self.logprobs(human)["logprobs"], human.mask),), lr=1e-3)
+            self.learn(lambda: self.sft_step(human), lr=1e-3)
 
         # 1. The prompt. 2. Questions. 3. Scores.
         length, seeds = self.args.max_new_tokens, [self.args.seed]
-        completions = sample(self.policy, [self.prompt], SAMPLES, length, self.eos, seeds=seeds)
-        batch = self.batch([self.prompt], completions)
-        asked = [decode(self.tokenizer, ids) for ids in completions[0]]
+        (completions,) = sample(self.policy, [self.prompt], SAMPLES, length, self.eos, seeds=seeds)
+        batch = self.batch(completions)
+        asked = [decode(self.tokenizer, ids) for ids in completions]
         raw = self.reward(asked)[None].to(batch.mask.device)  # (1, K)
         scores = losses.missing_eos_penalty(raw, batch.tokens, batch.mask, self.eos, penalty=1.0)
 
@@ -160,7 +156,7 @@ class Show:
 
         (_, loss, _), (_, loss_after, ratio) = self.learn(step, lr=3e-5)
         for k in range(SAMPLES):
-            end = "ends in EOS" if completions[0][k][-1] == self.eos else "cut off: 1 less for the missing EOS"
+            end = "ends in EOS" if completions[k][-1] == self.eos else "cut off: 1 less for the missing EOS"
             print(f"\nsample {k + 1}: {asked[k]}")
             print(f"the scorer's reward {raw[0, k]:.3f}, {end}: score {scores[0, k]:.3f}")
             quantities = {"log pi": old["logprobs"], "log pi_ref": reference, "KL (k1)": kl, "reward": rewards}
@@ -175,25 +171,25 @@ class Show:
         """Print a title, and open the policy anew: its adapters do nothing yet, so it is the reference."""
         from socratiq.models import load_policy
 
-        print(f"\n\n{paint(title, '1')}\n{'=' * len(title)}")
+        print(f"\n\n{title}\n{'=' * len(title)}")
         self.policy = load_policy(self.args.model, dtype="float32", lora_rank=8, value_head=True, seed=self.args.seed)
 
-    def encode(self, row) -> tuple[list[int], list[int]]:
-        """Token ids of a row's prompt and question."""
-        from socratiq.prompts import encode_completion, encode_prompt
-
-        prompt = encode_prompt(self.tokenizer, row.context, row.type, 512)
-        return prompt, encode_completion(self.tokenizer, row.question)
-
-    def batch(self, prompts, completions):
+    def batch(self, completions):
+        """A batch of one row: the prompt and its completions."""
         from socratiq.batch import make_batch
 
-        return make_batch(prompts, completions).to(self.policy.device)
+        return make_batch([self.prompt], [completions]).to(self.policy.device)
 
     def logprobs(self, batch):
         from socratiq.policy import token_logprobs
 
         return token_logprobs(self.policy, batch)
+
+    def sft_step(self, batch):
+        from socratiq import losses
+
+        logprobs = self.logprobs(batch)["logprobs"]
+        return losses.sft_loss(logprobs, batch.mask), logprobs
 
     def reference(self, batch):
         with self.policy.reference():
@@ -209,16 +205,15 @@ class Show:
         else:
             warn(f"--scorer {self.args.scorer} is not there; one is fitted now, without a language model")
             scorer = Scorer.fit([row for row in self.rows if row.type])
-        row = self.about[0]
-        return scorer.reward([row.context] * len(questions), questions, [row.type] * len(questions))
+        return scorer.reward([self.context] * len(questions), questions, [self.type] * len(questions))
 
     def learn(self, step, lr: float = 3e-4):
         """What `step` returns before one update and after it; the loss comes first."""
         import torch
 
         optimizer = torch.optim.AdamW(self.policy.trainable().values(), lr=lr, weight_decay=0.0)
-        before = step()
         optimizer.zero_grad()
+        before = step()
         before[0].backward()
         optimizer.step()
         with torch.no_grad():
@@ -226,31 +221,24 @@ class Show:
 
     def table(self, batch, k: int, quantities) -> None:
         """The end of the prompt and completion k of the first row. quantities: name -> (1, K, C)."""
-        length, width = int(batch.mask[0, k].sum()), batch.mask.shape[-1]
-        ids = batch.tokens[0, k, :length].tolist()
+        mask = batch.mask[0, k].int().tolist()
+        length, padding = mask.count(1), mask.count(0)
         first, siblings = len(self.prompt), int(batch.mask[0, :k].sum())
-        shown = self.prompt[-PROMPT_SHOWN:]
-
-        def row(prompt, completion, padding=""):
-            return [*map(str, prompt or [""] * len(shown)), *map(str, completion), *[padding] * (width - length)]
-
-        end = range(first - len(shown), first)
+        ids = self.prompt[-PROMPT_SHOWN:] + batch.tokens[0, k, :length].tolist()
+        tokens = [piece.translate(SIGNS) for piece in self.tokenizer.convert_ids_to_tokens(ids)]
+        end = range(first - PROMPT_SHOWN, first)
+        blank = [""] * PROMPT_SHOWN
         rows = {
-            "token": row(self.spell(shown), self.spell(ids), "-"),
-            "index": row(end, range(first + siblings, first + siblings + length)),
-            "position": row(end, range(first, first + length)),
-            "scored at": row([], batch.read[siblings : siblings + length].tolist()),
-            "mask": row([], [1] * length, "0"),
+            "token": tokens + ["-"] * padding,
+            "index": [str(i) for i in (*end, *range(first + siblings, first + siblings + length))],
+            "position": [str(i) for i in (*end, *range(first, first + length))],
+            "scored at": blank + [str(i) for i in batch.read[siblings : siblings + length].tolist()],
+            "mask": blank + [str(kept) for kept in mask],
         }
         for name, x in quantities.items():
-            rows[name] = row([], [f"{value:.2f}" for value in x[0, k, :length].tolist()])
-        kinds = ["eos" if token == self.eos else "completion" for token in ids]
-        print_table(["prompt"] * len(shown) + kinds + ["padding"] * (width - length), rows)
-
-    def spell(self, ids: list[int]) -> list[str]:
-        """Tokens as the tokenizer writes them, but for its signs for a space (now ·) and a line end (now ↵)."""
-        signs = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "↵", "\n": "↵"})
-        return [piece.translate(signs) for piece in self.tokenizer.convert_ids_to_tokens(ids)]
+            rows[name] = blank + [f"{value:.2f}" for value in x[0, k, :length].tolist()]
+        kinds = ["eos" if token == self.eos else "completion" for token in ids[PROMPT_SHOWN:]]
+        print_table(["prompt"] * PROMPT_SHOWN + kinds + ["padding"] * padding, rows)
 
 
 def run() -> None:
