@@ -35,8 +35,8 @@ no text in common.
 """
 
 import argparse
+import json
 import os
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -44,10 +44,9 @@ from pathlib import Path
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.pairs.answers import Answer, AnswerLog, Request, ask_all, digest
 from socratiq.pairs.checks import Job, flaw
-from socratiq.pairs.writers import LocalWriter, OpenAIWriter
 from socratiq.prompts import build_prompt
 from socratiq.run import options as cli
-from socratiq.run.errors import UserError, main, warn
+from socratiq.run.errors import UserError, main
 from socratiq.run.files import atomic_write, remove, to_json
 from socratiq.run.folder import fingerprint
 from socratiq.scorer.gates import GATES
@@ -57,12 +56,9 @@ AT_ONCE = 1024  # rows: a round goes in parts, so that not all texts are in memo
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = cli.Parser(
-        description="Make pairs of a chosen and a rejected question for train_dpo.py.",
-        epilog="The texts leave this machine only with --api-model, --base-url or --writer openai. The server's key is "
-        "read from OPENAI_API_KEY. Rows that carry a human verdict need no writer.",
-    )
-    strength = cli.number(float, least=0, most=1)
+    told = "The texts leave this machine only with --api-model, --base-url or --writer openai (key: OPENAI_API_KEY)."
+    parser = cli.Parser(description="Make pairs of a chosen and a rejected question for train_dpo.py.", epilog=told)
+    strength = cli.number(float, least=0, most=1, metavar="P")
     add = parser.add_argument_group("in and out").add_argument
     add("--data", type=cli.source, default="sample", help='"sample", "socratiq", a file, folder, address or Hub id')
     add("--types", type=cli.names, help="only rows of these types; default: all")
@@ -71,41 +67,33 @@ def parse_arguments(argv: list[str] | None = None):
     add("--policy", default="runs/sft", metavar="MODEL", help="SFT model, the local writer")
     add("--out", type=Path, default="runs/pairs.jsonl", metavar="FILE", help="the pairs, and beside it two logs")
     add("--limit", type=cli.count, metavar="N", help="use at most N chosen questions, spread over the data")
-    add("--shard", type=shard, metavar="I/N", help="only part I of N, into pairs.IofN.jsonl: a part for each machine")
+    add("--shard", type=shard, default="1/1", metavar="I/N", help="only part I of N, into pairs.IofN.jsonl")
     add("--held-out", type=cli.fraction, default=0.1, metavar="SHARE", help="share of the texts kept for evaluation")
     add("--seed", type=cli.zero_or_more, default=0, help="seed of the split and the local writer")
-    add(
-        "--max-per-question", type=cli.count, default=1, metavar="N", help="pairs a question with a human verdict is in"
-    )
+    add("--max-per-question", type=cli.count, default=1, help="use each human-judged question in at most N pairs")
 
     add = parser.add_argument_group("what is chosen and what rejected, by strength: a probability, 0 to 1").add_argument
-    add("--chosen-min", type=strength, default=0.4, metavar="P", help="lowest strength of a chosen question")
-    add("--rejected-max", type=strength, default=0.1, metavar="P", help="highest strength of a rejected question")
-    add(
-        "--max-attempts", type=cli.count, default=4, metavar="N", help="questions asked for per row, then it is dropped"
-    )
-    mirror = "add mirrored pairs, see (e) above make_pairs.py (default: --mirror)"
+    add("--chosen-min", type=strength, default=0.4, help="lowest strength of a chosen question")
+    add("--rejected-max", type=strength, default=0.1, help="highest strength of a rejected question")
+    add("--max-attempts", type=cli.count, default=4, help="questions asked for per row, then it is dropped")
+    mirror = "also add mirrored pairs: roles swapped, under the other type (default: --mirror)"
     add("--mirror", action=argparse.BooleanOptionalAction, default=True, help=mirror)
 
-    add = parser.add_argument_group("who writes the rejected questions").add_argument
+    add = parser.add_argument_group("who writes the rejected questions: the SFT model, or a server").add_argument
     add("--writer", choices=["local", "openai"], help="default: local, unless --api-model or --base-url is given")
     add("--dry-run", action="store_true", help="show the first requests and an estimate; ask nothing, write nothing")
-
-    add = parser.add_argument_group("a server: any that is OpenAI-compatible").add_argument
     add("--api-model", metavar="NAME", help="name of the model on the server (default: gpt-4o-mini)")
     add("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
     add("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at the same time")
     add("--max-requests", type=cli.zero_or_more, metavar="N", help="stop after N requests, earlier runs included")
-    usd = "stop at this cost, earlier runs included; what is then under way (--concurrency) still comes on top"
-    add("--max-usd", type=cli.not_negative, metavar="USD", help=usd)
-    add("--usd-per-mtok-in", type=cli.not_negative, metavar="USD", help="price of a million prompt tokens")
-    add("--usd-per-mtok-out", type=cli.not_negative, metavar="USD", help="price of a million answer tokens")
+    add("--max-usd", type=cli.not_negative, metavar="USD", help="stop at this cost of all runs, plus what is under way")
+    add("--usd-per-mtok-in", type=cli.not_negative, default=0, metavar="USD", help="price of a million prompt tokens")
+    add("--usd-per-mtok-out", type=cli.not_negative, default=0, metavar="USD", help="price of a million answer tokens")
     add("--api-max-tokens", type=cli.count, default=200, metavar="N", help="longest answer; reasoning models need more")
     add("--timeout", type=cli.positive, default=120.0, metavar="SECONDS", help="longest silence of the server")
 
     add = parser.add_argument_group("the local writer: the SFT model, asked for another type").add_argument
     add("--batch-size", type=cli.count, default=16, metavar="N", help="questions sampled at the same time")
-    add("--temperature", type=cli.not_negative, metavar="T", help="default: 0.5 here; for a server, its own")
     add("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
     add("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
@@ -117,15 +105,14 @@ def parse_arguments(argv: list[str] | None = None):
         args.writer = "openai"
     if args.writer == "openai" and not (args.base_url or {"OPENAI_API_KEY", "OPENAI_BASE_URL"} & set(os.environ)):
         parser.error("--writer openai: set OPENAI_API_KEY, or give --base-url of a server that wants no key")
-    if args.max_usd is not None and None in (args.usd_per_mtok_in, args.usd_per_mtok_out):
+    args.prices = args.usd_per_mtok_in, args.usd_per_mtok_out
+    if args.max_usd is not None and not all(args.prices):
         parser.error("--max-usd: give the prices too, --usd-per-mtok-in and --usd-per-mtok-out")
     if args.rejected_max > args.chosen_min:
         parser.error(f"--rejected-max {args.rejected_max}: must not be above --chosen-min {args.chosen_min}")
-    if args.out.is_dir():
-        parser.error(f"--out {args.out}: a folder; give the name of a file in it, such as {args.out / 'pairs.jsonl'}")
-    part = ".{}of{}".format(*args.shard) if args.shard else ""
-    args.out = args.out.with_name(f"{args.out.stem}{part}{args.out.suffix}")
-    args.answers, args.dropped = (args.out.with_name(f"{args.out.stem}.{x}.jsonl") for x in ("answers", "dropped"))
+    folder, stem = args.out.parent, args.out.stem + ("" if args.shard == (1, 1) else ".{}of{}".format(*args.shard))
+    args.out = folder / f"{stem}{args.out.suffix}"
+    args.answers, args.dropped = folder / f"{stem}.answers.jsonl", folder / f"{stem}.dropped.jsonl"
     if args.out.exists() and not args.dropped.exists():
         parser.error(f"--out {args.out}: no {args.dropped.name} beside it says that it was made here; choose another")
     return args
@@ -142,7 +129,7 @@ def shard(text: str) -> tuple[int, int]:
 def picked(keys: list[str], args) -> set[str]:
     """At most --limit of the digests, and of these the shard's: more data or a higher limit moves none."""
     kept = sorted(set(keys))[: args.limit]
-    part, parts = args.shard or (1, 1)
+    part, parts = args.shard
     return {key for key in kept if zlib.crc32(key.encode()) % parts == part - 1}
 
 
@@ -208,7 +195,7 @@ def choose(jobs: list[Job], chosen_min: float) -> None:
         seen.add(job.key)
 
 
-def verify(answered: list[tuple[Job, Answer]], scorer, args) -> None:
+def verify(answered: list[tuple[Job, Answer]], scorer, rejected_max: float) -> None:
     """(d) Note the answers as attempts. A question is `rejected` if all opinions agree that it is not of the type."""
     for job, answer in answered:
         job.attempts.append(job.attempt(answer))
@@ -218,14 +205,10 @@ def verify(answered: list[tuple[Job, Answer]], scorer, args) -> None:
     for index, job in enumerate(readable):
         found = {name: values[index].item() for name, values in parts.items()}
         low = [fault for name, fault in GATES.items() if found.get(name, 1) < 0.5]
-        if max(found.get(name, 0) for name in ("strength", "ngrams", "probe")) > args.rejected_max:
+        if max(found.get(name, 0) for name in ("strength", "ngrams", "probe")) > rejected_max:
             low.append("still of the unwanted type")
         job.attempts[-1] |= {"score": round(found["strength"], 4), "flaw": low[0] if low else ""}
-    for job, _ in answered:
-        if not job.attempts[-1]["flaw"]:
-            job.rejected = job.attempts[-1]["question"]
-        elif len(job.attempts) == args.max_attempts:
-            job.dropped = f"no rejected question: {job.attempts[-1]['flaw']}"
+        job.rejected = "" if low else job.attempts[-1]["question"]
 
 
 def pair(row: Row, type_: str, chosen: str, rejected: str, held_out: set[str], writer: str) -> dict:
@@ -255,50 +238,44 @@ def pairs_of(job: Job, strengths: dict[str, float], held_out: set[str], writer: 
 def save(args, pairs: list[dict], dropped: list[dict], rows: int) -> None:
     """Write both files, say what was made, what was not and why, and what to type next."""
     atomic_write(args.dropped, "".join(to_json(line) + "\n" for line in dropped))
-    part = "part {} of {}: ".format(*args.shard) if args.shard else ""
     turned = sum("mirrored" in line for line in pairs)
-    print(f"{part}{rows} rows, {len(pairs)} pairs in {args.out}, {turned} of them mirrored")
+    print(f"{rows} rows, {len(pairs)} pairs in {args.out}, {turned} of them mirrored")
     for reason, count in Counter(": ".join(line["reason"].split(": ")[:2]) for line in dropped).most_common():
         print(f"  {count:6d} not kept: {reason}")
     if not pairs:
         remove(args.out)
-        warn("no pair was made; the reasons above name the option, else see --rejected-max and --max-attempts")
-        sys.exit(1)
+        raise SystemExit(
+            "error: no pair was made; the reasons above say why, see also --rejected-max and --max-attempts"
+        )
     atomic_write(args.out, "".join(to_json(line) + "\n" for line in pairs))
-    print(f"next{', with cat, when all parts are done' if part else ''}:  python train_dpo.py --pairs {args.out}")
+    print(f"next:  python train_dpo.py --pairs {args.out}")
 
 
-def show_plan(requests: list[Request], prices: tuple[float, float], args) -> None:
+def show_plan(requests: list[Request], args) -> None:
     """--dry-run: the first two requests, word for word, and what the first round takes."""
     for request in requests[:2]:
-        for part in request.body.get("messages", [{"role": "prompt", "content": to_json(request.body)}]):
-            print(f"--- {part['role']}\n{part['content']}")
+        print(json.dumps(request.body, ensure_ascii=False, indent=1).replace("\\n", "\n"))
     tokens = sum(len(to_json(request.body)) // 4 for request in requests), 30 * len(requests)
-    usd = (tokens[0] * prices[0] + tokens[1] * prices[1]) / 1e6
-    print(f"---\nfirst of at most {args.max_attempts} rounds: {len(requests)} requests, less those answered before;")
+    usd = (tokens[0] * args.prices[0] + tokens[1] * args.prices[1]) / 1e6
+    print(f"first of at most {args.max_attempts} rounds: {len(requests)} requests, less those answered before;")
     print(f"about {tokens[0]:,} prompt tokens, {tokens[1]:,} answer tokens, {usd:.4f} USD")
 
 
 def open_writer(args):
     """The writer, before any long work: a mistake in its arguments should show at once."""
-    if args.writer == "openai":
-        model, key = args.api_model or "gpt-4o-mini", os.environ.get("OPENAI_API_KEY")
-        options = {name: getattr(args, name) for name in ("concurrency", "temperature", "timeout")}
-        writer = OpenAIWriter(model, args.base_url, key, max_tokens=args.api_max_tokens, **options)
-        print(f"writer: {model} at {writer.address}; the texts are sent there", flush=True)
-        return writer
-    if args.policy == "runs/sft" and not Path(args.policy).exists():
-        raise UserError("runs/sft is not there: run `python train_sft.py` first, or name a model with --policy")
     from socratiq.models import load_policy, load_tokenizer
+    from socratiq.pairs.writers import LocalWriter, OpenAIWriter
 
+    if args.writer == "openai":
+        options = {"concurrency": args.concurrency, "max_tokens": args.api_max_tokens, "timeout": args.timeout}
+        model = args.api_model or "gpt-4o-mini"
+        return OpenAIWriter(model, args.base_url, os.environ.get("OPENAI_API_KEY"), **options)
     try:
         tokenizer = load_tokenizer(args.policy)
         policy = load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed, plain=args.plain)
     except UserError as error:
-        raise UserError(str(error).replace("--model", "--policy")) from None
-    print(f"writer: local, the model in {args.policy}; a server is asked only if an option names one", flush=True)
-    settings = {name: getattr(args, name) for name in ("seed", "temperature", "max_prompt_tokens", "max_new_tokens")}
-    settings["temperature"] = 0.5 if args.temperature is None else args.temperature
+        raise UserError(f"{error} (train_sft.py writes runs/sft)".replace("--model", "--policy")) from None
+    settings = {name: getattr(args, name) for name in ("seed", "max_prompt_tokens", "max_new_tokens")}
     return LocalWriter(policy, tokenizer, fingerprint("model", args.policy) or args.policy, args.batch_size, settings)
 
 
@@ -319,6 +296,7 @@ def run() -> None:
     # (a) Grade and (b) choose.
     rows = [row for row in rows if row.type and row.preference != "rejected"]
     writer = open_writer(args)
+    print(f"writer: {writer.name}; the texts go to {writer.address}", flush=True)
     scorer = open_scorer(args, rows, held_out)
     jobs = grade(rows, held_out, scorer.lm)
     if not args.dry_run and not (args.scorer / "scorer.json").exists():  # rows that cannot be graded leave none behind
@@ -327,13 +305,11 @@ def run() -> None:
     kept = picked([job.key for job in jobs if not job.dropped], args)
     jobs = [job for job in jobs if job.dropped or job.key in kept]
 
-    prices = args.usd_per_mtok_in or 0.0, args.usd_per_mtok_out or 0.0
     if args.dry_run:
-        return show_plan([Request(job.key, 1, writer.body(job)) for job in jobs if not job.dropped], prices, args)
+        return show_plan([Request(job.key, 1, writer.body(job)) for job in jobs if not job.dropped], args)
 
     # (c) Write and (d) verify, in rounds.
-    limit = args.api_max_tokens if args.writer == "openai" else 0
-    log = AnswerLog(args.answers, writer.model, limit, args.max_requests, args.max_usd, prices)
+    log = AnswerLog(args.answers, writer.model, writer.max_tokens, args.max_requests, args.max_usd, args.prices)
     before = log.requests
     for number in range(1, args.max_attempts + 1):
         waiting = [job for job in jobs if not (job.rejected or job.dropped)]
@@ -344,7 +320,7 @@ def run() -> None:
             for job in some:
                 job.dropped = unanswered.get(job.key, "")
             both = zip(some, requests, strict=True)
-            verify([(job, log.get(request)) for job, request in both if not job.dropped], scorer, args)
+            verify([(job, log.get(request)) for job, request in both if not job.dropped], scorer, args.rejected_max)
 
     # (e) Mirror, and save.
     kept = [job for job in jobs if job.rejected]
@@ -352,11 +328,7 @@ def run() -> None:
     pairs = []
     for job, strengths in zip(kept, found, strict=True):
         pairs += pairs_of(job, dict(zip(scorer.types, strengths, strict=True)), held_out, writer.name, args)
-    dropped = [
-        {"reason": job.dropped, "source": job.row.source, "type": job.type, "question": job.row.question,
-         "score": round(job.chosen_score, 4), "context": job.row.context, "attempts": job.attempts}
-        for job in jobs if job.dropped
-    ]  # fmt: skip
+    dropped = [job.without_pair() for job in jobs if not job.rejected]
     used = f"{log.prompt_tokens:,} prompt and {log.completion_tokens:,} answer tokens, {log.usd:.4f} USD"
     print(f"{writer.name}: {log.requests - before} requests now, {log.requests} in all, {used}")
     save(args, pairs, dropped, len(rows))

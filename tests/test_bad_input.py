@@ -369,11 +369,11 @@ RUNS = [
     ([*PPO, "--lora-rank", "9999"], "--lora-rank 9999: above the model's width of 64; 8 to 64 are usual"),
     (
         [*PAIRING, "--policy", "pickled"],
-        "--policy pickled: no *.safetensors in the folder (pickled weights are never loaded)",
+        "--policy pickled: no *.safetensors in the folder (pickled weights are never loaded)...",
     ),
     (
         [*PAIRING, "--policy", "runs/sft"],
-        "runs/sft is not there: run `python train_sft.py` first, or name a model with --policy",
+        f"--policy runs/sft: no such folder; {MODELS} (train_sft.py writes runs/sft)",
     ),
     # ---- scorers and rewards
     (

@@ -195,11 +195,11 @@ def test_missing_token_counts_are_guessed():
 
 def test_what_is_sent():
     with FaultServer() as server:
-        ask(server, temperature=0.5, max_tokens=77)
+        ask(server, max_tokens=77)
         ask(server, key=None)
         sent, keyless = server.requests
         assert sent.path == "/v1/chat/completions"
-        assert sent.body["model"] == "some-model" and sent.body["max_tokens"] == 77 and sent.body["temperature"] == 0.5
+        assert sent.body["model"] == "some-model" and sent.body["max_tokens"] == 77
         assert KEY not in str(keyless.headers) and "temperature" not in keyless.body
 
 
@@ -488,7 +488,7 @@ def test_local_writer_samples_the_same_again_and_by_its_seed():
     policy, tokenizer = load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
 
     def sampled(seed=0):
-        settings = {"seed": seed, "temperature": 0.5, "max_prompt_tokens": 512, "max_new_tokens": 6}
+        settings = {"seed": seed, "max_prompt_tokens": 512, "max_new_tokens": 6}
         local = LocalWriter(policy, tokenizer, "tiny", 16, settings)
         return local.answers([Request(f"{n:016x}", 1, local.body(job())) for n in range(3)])
 

@@ -46,6 +46,12 @@ class Job:
     def chosen_score(self) -> float:
         return self.types[self.type][0]
 
+    def without_pair(self) -> dict:
+        """Why this row gave no pair, and all that was tried: a line of FILE.dropped.jsonl."""
+        reason = self.dropped or f"no rejected question: {self.attempts[-1]['flaw']}"
+        figures = {"type": self.type, "score": round(self.chosen_score, 4), "attempts": self.attempts}
+        return {"reason": reason, **self.row._asdict(), **figures}
+
     def asked_type(self) -> str:
         """The type the next attempt asks for: round and round the other types, from a start that depends on the row.
 

@@ -2,15 +2,19 @@
 
 A writer is handed requests and returns answers; make_pairs.py decides whether they are good. Both have `.model` (the
 name in the log of answers), `.name` (in the pairs), `.slots` (calls of `.answers` at once), `.group` (requests a call),
-`.body(job)` and `.answers(requests)`. Neither torch nor openai is imported before a writer is built.
+`.body(job)` and `.answers(requests)`.
 """
 
 import json
 import re
 
+import openai
+
 from socratiq.pairs.answers import Answer, NoAnswer, Refused, Request, digest
 from socratiq.pairs.checks import Job, messages
-from socratiq.run.errors import UserError, warn
+from socratiq.prompts import decode, encode_prompt
+from socratiq.run.errors import UserError
+from socratiq.sampling import sample
 
 NO_COMPLETION = 599  # the status we give to a body that is no chat completion, though it came with status 200
 HOPELESS = {
@@ -18,10 +22,10 @@ HOPELESS = {
     402: "the quota of this account is used up",
     403: "this key may not do that",
     404: "there is no model {model!r} (--api-model), or --base-url is wrong",
-    405: "--base-url is wrong",
 }
 USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 FILTERED = {"content_filter", "content_policy_violation"}
+TEMPERATURE = 0.5  # of the local writer
 LIMITS = ["max_tokens", "max_completion_tokens"]  # newer models of OpenAI know only the second, most servers the first
 
 
@@ -33,19 +37,16 @@ class OpenAIWriter:
     are not followed: a POST with a key and somebody's text goes where the user said and nowhere else.
 
     `base_url` None means the environment's OPENAI_BASE_URL, else OpenAI's own address. `key` may be None for a server
-    that wants none; `temperature` None leaves it to the server, for some models refuse any but their own. `client` goes
-    to the openai package: timeout in seconds, max_retries. Raises UserError where going on is useless (wrong key,
+    that wants none. The temperature is left to the server, for some models refuse any but their own. `client` goes to
+    the openai package: timeout in seconds, max_retries. Raises UserError where going on is useless (wrong key,
     unknown model, used-up quota, a redirect), and NoAnswer where this request got none.
     """
 
     group = 1
 
-    def __init__(self, model: str, base_url=None, key=None, concurrency=8, max_tokens=200, temperature=None, **client):
-        import openai
-
+    def __init__(self, model: str, base_url=None, key=None, concurrency=8, max_tokens=200, **client):
         self.model, self.name, self.slots, self.key = model, f"openai:{model}", concurrency, (key or "").strip()
-        self.limits, self.options = LIMITS, {} if temperature is None else {"temperature": temperature}
-        self.max_tokens = max_tokens
+        self.limits, self.max_tokens = LIMITS, max_tokens
         if self.key and not re.fullmatch("[!-~]+", self.key):  # the HTTP library's error would print the key
             raise UserError("OPENAI_API_KEY holds spaces, line breaks or letters beyond ASCII; set it to the key alone")
         http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [judge_body]})
@@ -58,15 +59,11 @@ class OpenAIWriter:
         except Exception as error:  # of several kinds, from several packages
             raise UserError(f"--base-url {base_url}: {self.scrub(error)}") from None
         self.address = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
-        if self.key and url.scheme == "http" and url.host not in ("localhost", "127.0.0.1", "::1"):
-            warn(f"{self.address} is not https: the key travels in the clear")
 
     def body(self, job: Job) -> dict:
-        return {"messages": messages(job), **self.options}
+        return {"messages": messages(job)}
 
     def answers(self, requests: list[Request]) -> list[Answer]:
-        import openai
-
         try:
             return [self._ask(request.body) for request in requests]
         except openai.APIStatusError as error:
@@ -82,8 +79,6 @@ class OpenAIWriter:
             raise NoAnswer("not a completion") from None
 
     def _ask(self, body: dict) -> Answer:
-        import openai
-
         create, (name, other) = self.client.chat.completions.with_raw_response.create, self.limits
         try:
             response = create(model=self.model, **body, **{name: self.max_tokens})
@@ -155,11 +150,11 @@ def read_completion(body: dict, size: int) -> Answer:
 class LocalWriter:
     """The SFT model itself, sampled with the prompt of another type.
 
-    `settings`: seed, temperature, max_prompt_tokens, max_new_tokens. Each request has a seed of its own, made of the
+    `settings`: seed, max_prompt_tokens, max_new_tokens. Each request has a seed of its own, made of the
     seed, the row and the attempt.
     """
 
-    slots, name = 1, "local"
+    slots, name, address, max_tokens = 1, "local", "no server", 0
 
     def __init__(self, policy, tokenizer, model: str, batch_size: int, settings: dict):
         self.policy, self.tokenizer, self.model = policy, tokenizer, f"local:{model}"
@@ -169,14 +164,11 @@ class LocalWriter:
         return {"context": job.row.context, "type": job.asked_type(), **self.settings}
 
     def answers(self, requests: list[Request]) -> list[Answer]:
-        from socratiq.prompts import decode, encode_prompt
-        from socratiq.sampling import sample
-
         tokenizer, eos, settings = self.tokenizer, self.tokenizer.eos_token_id, self.settings
         longest = settings["max_prompt_tokens"]
         prompts = [encode_prompt(tokenizer, r.body["context"], r.body["type"], longest) for r in requests]
         seeds = [int(digest([settings["seed"], r.row, r.attempt])[:15], 16) for r in requests]
-        options = {"eos_id": eos, "temperature": settings["temperature"], "seeds": seeds}
+        options = {"eos_id": eos, "temperature": TEMPERATURE, "seeds": seeds}
         completions = sample(self.policy, prompts, 1, settings["max_new_tokens"], **options)
         return [
             Answer(decode(tokenizer, ids), "stop" if eos in ids else "length", len(prompt), len(ids))
