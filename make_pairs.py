@@ -46,7 +46,7 @@ from socratiq.pairs.answers import Answer, AnswerLog, Request, ask_all, digest
 from socratiq.pairs.checks import Job, flaw
 from socratiq.prompts import build_prompt
 from socratiq.run import options as cli
-from socratiq.run.errors import UserError, main
+from socratiq.run.errors import UserError, main, warn
 from socratiq.run.files import atomic_write, remove, to_json
 from socratiq.run.folder import fingerprint
 from socratiq.scorer.gates import GATES
@@ -154,17 +154,14 @@ def human_pairs(rows: list[Row], most: int) -> list[tuple[Row, Row]]:
 
 def open_scorer(args, rows: list[Row], held_out: set[str]):
     """The saved scorer of --scorer, or a new one. It learns neither from held-out texts nor from the judge's."""
-    from socratiq.scorer.grading import rows_to_learn_from
-    from socratiq.scorer.language_model import open_language_model
-    from socratiq.scorer.reward import check_unseen, load_scorer
-    from socratiq.scorer.scorer import Scorer
+    from socratiq.scorer import Scorer, grading, language_model, reward
 
     if (args.scorer / "scorer.json").exists():
-        scorer = load_scorer(args.scorer, args.device, args.dtype)
-        check_unseen(scorer, held_out, args.scorer)
+        scorer = reward.load_scorer(args.scorer, args.device, args.dtype)
+        reward.check_unseen(scorer, held_out, args.scorer)
         return scorer
-    lm = open_language_model(args.scorer_model, args.device, args.dtype)
-    return Scorer.fit(rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
+    lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
+    return Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
 
 
 def grade(rows: list[Row], held_out: set[str], lm) -> list[Job]:
@@ -244,9 +241,8 @@ def save(args, pairs: list[dict], dropped: list[dict], rows: int) -> None:
         print(f"  {count:6d} not kept: {reason}")
     if not pairs:
         remove(args.out)
-        raise SystemExit(
-            "error: no pair was made; the reasons above say why, see also --rejected-max and --max-attempts"
-        )
+        warn("no pair was made, for the reasons above; see also --rejected-max and --max-attempts")
+        raise SystemExit(1)
     atomic_write(args.out, "".join(to_json(line) + "\n" for line in pairs))
     print(f"next:  python train_dpo.py --pairs {args.out}")
 
@@ -263,13 +259,14 @@ def show_plan(requests: list[Request], args) -> None:
 
 def open_writer(args):
     """The writer, before any long work: a mistake in its arguments should show at once."""
-    from socratiq.models import load_policy, load_tokenizer
     from socratiq.pairs.writers import LocalWriter, OpenAIWriter
 
     if args.writer == "openai":
         options = {"concurrency": args.concurrency, "max_tokens": args.api_max_tokens, "timeout": args.timeout}
         model = args.api_model or "gpt-4o-mini"
         return OpenAIWriter(model, args.base_url, os.environ.get("OPENAI_API_KEY"), **options)
+    from socratiq.models import load_policy, load_tokenizer
+
     try:
         tokenizer = load_tokenizer(args.policy)
         policy = load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed, plain=args.plain)
