@@ -114,7 +114,7 @@ def parse_arguments(argv: list[str] | None = None):
     args.out = folder / f"{stem}{args.out.suffix}"
     args.answers, args.dropped = folder / f"{stem}.answers.jsonl", folder / f"{stem}.dropped.jsonl"
     if args.out.exists() and not args.dropped.exists():
-        parser.error(f"--out {args.out}: no {args.dropped.name} beside it says that it was made here; choose another")
+        parser.error(f"--out {args.out}: a folder, or not made here (no {args.dropped.name} beside it); choose another")
     return args
 
 

@@ -412,11 +412,11 @@ RUNS = [
     ),
     (
         [*PAIRING, "--out", "folder"],
-        "--out folder: a folder; give the name of a file in it, such as folder/pairs.jsonl (...)",
+        "--out folder: a folder, or not made here (no folder.dropped.jsonl beside it); choose another (...)",
     ),
     (
         [*PAIRING, "--out", "two.jsonl"],
-        "--out two.jsonl: no two.dropped.jsonl beside it says that it was made here; choose another (...)",
+        "--out two.jsonl: a folder, or not made here (no two.dropped.jsonl beside it); choose another (...)",
     ),
 ]
 
