@@ -24,6 +24,7 @@ import contextlib
 import os
 import sys
 import warnings
+from pathlib import Path
 
 from socratiq.run.errors import UserError
 from socratiq.run.files import remove, sync
@@ -48,7 +49,8 @@ def open_run(args, stage: str) -> Run:
         if args.plain or args.device == "mps":
             raise UserError("several processes need --device cpu or cuda, and no --plain")
         join(args.device)
-    return ShardedRun(args, stage) if dist or Run.parts_in(args.out) else Run(args, stage)
+    began_on_several = any(Path(args.out).glob("checkpoint-*"))
+    return ShardedRun(args, stage) if dist or began_on_several else Run(args, stage)
 
 
 def join(device: str) -> None:
@@ -90,16 +92,16 @@ def first(function):
     """What `function()` returns in the first process, or the UserError it raises; the others do not run it."""
     if dist is None:
         return function()
-    result, error = None, None
+    found = [None, None]  # result and error
     if rank() == 0:
         try:
-            result = function()
-        except UserError as raised:
-            error = raised
-    (result, error), *_ = collect([(result, error)], world())
-    if error:
-        raise error
-    return result
+            found[0] = function()
+        except UserError as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
 
 
 def all_sum(x):
@@ -190,9 +192,6 @@ class ShardedRun(Run):
     writes = property(lambda self: rank() == 0)
     _in_first = staticmethod(first)
 
-    def _signal_of_any(self) -> int:
-        return max(collect([self.asked_to_stop], world()))
-
     def save(self, policy, optimizer, state: dict) -> None:
         for unit in _units(policy):
             unit.reshard()  # after an evaluation without a backward pass the heads are whole
@@ -214,7 +213,7 @@ class ShardedRun(Run):
         sync(folder)
         if self.writes:
             super()._write_checkpoint({}, {**state, "parts": folder.name})
-            for other in set(Run.parts_in(self.out)) - {folder}:
+            for other in set(self.out.glob("checkpoint-*")) - {folder}:
                 remove(other)
 
     def _read_tensors(self, state: dict, parameters: dict, device) -> dict:

@@ -59,7 +59,7 @@ class AnswerLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "ab")  # noqa: SIM115  (open for the whole run: the lock lives with it)
         self._lock()
-        lines = read_jsonl(self.path, repair=True)
+        lines = read_jsonl(self.path)
         self._lock()  # again: closing the file after reading it has given the lock up
         for number, line in enumerate(lines, 1):
             try:

@@ -8,9 +8,6 @@ import sys
 
 # The disk, a quota or a file cannot hold more.
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The path cannot be used, or its folder was removed meanwhile: for the user to put right, not a bug.
-BAD_PATH = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
-BAD_PATH |= {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST}
 
 
 class UserError(Exception):
@@ -57,11 +54,12 @@ def main(function) -> None:
 def _system_error(error: Exception) -> tuple[str, int]:
     """The line and exit status for a full disk or a path that cannot be used; "" for any other exception."""
     found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the system's number in its text only
-    number = getattr(error, "errno", None) or (int(found[1]) if found else None)
-    path = getattr(error, "filename", None) or "a file of the output folder"
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    named = getattr(error, "filename", None)
+    path = named or "a file of the output folder"
     if number in FULL_DISK:
         return f"error: no space left on the disk while writing {path}; free some and run the same command again", 1
-    if number in BAD_PATH or isinstance(error, PermissionError):
+    if (number and (named or found)) or isinstance(error, PermissionError):
         reason = os.strerror(number or errno.EACCES)
         return f"error: {path}: {reason}; name another place, or see that this one exists and can be written", 2
     return "", 1

@@ -74,35 +74,27 @@ def to_json(value) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def append_jsonl(path: str | Path, value, fsync: bool = False) -> None:
-    """Append one object as a line; with `fsync` it is on the disk when this returns."""
+def append_jsonl(path: str | Path, value) -> None:
+    """Append one object as a line."""
     with open(path, "ab") as file:
-        file.write((to_json(value) + "\n").encode())
-        file.flush()
-        if fsync:
-            os.fsync(file.fileno())
+        file.write(f"{to_json(value)}\n".encode())
 
 
-def read_jsonl(path: str | Path, repair: bool = False) -> list[dict]:
+def read_jsonl(path: str | Path) -> list[dict]:
     """All objects of a JSON-lines file; a missing file holds none.
 
-    With `repair`, a last line that a kill cut off is removed from the file. Any other line that is not a JSON object
-    raises UserError with its line number.
+    A last line that a kill cut off is removed from the file. Any other line that is not a JSON object raises UserError
+    with its line number.
     """
     path = Path(path)
     content = path.read_bytes() if path.exists() else b""
     complete = content.rfind(b"\n") + 1  # a line is complete when its newline is there
-    if repair and complete < len(content):
+    if complete < len(content):
         os.truncate(path, complete)
-        content = content[:complete]
     rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(content[:complete].splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not JSON ({error}); correct or remove the line") from None
-        if not isinstance(rows[-1], dict):
-            raise UserError(f"{path} line {number}: expected a JSON object, found {type(rows[-1]).__name__}")
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} line {number}: no JSON object ({error}); correct or remove the line") from None
     return rows

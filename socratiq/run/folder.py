@@ -16,6 +16,7 @@ once. Several processes share a run through the subclass in engine/distributed.p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from socratiq.run.errors import Stopped, UserError, bar, stop_now, warn
 from socratiq.run.files import append_jsonl, atomic_write, lock, remove, replacing, sync, to_json
+from socratiq.run.options import check
 
 # Arguments that do not change the result: the command that continues a run may differ in them.
 FREE_ARGUMENTS = {"out", "restart", "checkpoint_every", "grad_checkpoint"}
@@ -71,7 +73,7 @@ class Run:
         self.arguments_file = self.out / "train_args.json"
         self.checkpoint_file = self.out / "checkpoint.safetensors"
         inputs = {name: value for name, value in vars(args).items() if name in INPUTS and value is not None}
-        contents = {name: fingerprint(name, value) for name, value in inputs.items()}
+        contents = {name: found for name, value in inputs.items() if (found := fingerprint(name, value))}
         self.arguments = {"stage": stage, **vars(args), "contents": contents}
         self.asked_to_stop = 0  # the signal
         self.in_step = False
@@ -81,101 +83,86 @@ class Run:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
-    @staticmethod
-    def parts_in(out: str | Path) -> list[Path]:
-        """Folders in which several processes wrote their parts of a checkpoint."""
-        return list(Path(out).glob("checkpoint-*"))
-
     def _check_folder(self) -> bool:
         """Refuse --out unless it is free, or a run of this stage with these arguments. Is the run in it finished?"""
-        model = Path(self.arguments["model"])
-        if self.out.is_dir() and model.is_dir() and model.samefile(self.out) and str(model) not in BUILT_IN:
-            raise UserError(f"--out {self.out} is the folder of --model; name another place for the trained model")
         existing = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(f"--out {self.out}: {existing} is not a folder that can be written; name another place")
+        writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
         before = {"stage": self.stage}
-        if self.arguments_file.exists() or any(self.out.glob("[!.]*")):
-            try:
-                before = json.loads(self.arguments_file.read_text())
-                if before["stage"] != self.stage:
-                    raise KeyError
-            except (OSError, ValueError, TypeError, KeyError):
-                says = f"--out {self.out} exists and is no run of train_{self.stage}.py; name another place"
-                raise UserError(says) from None
-        if not self.restart:
-            self._check_arguments(before)
-        finished = not self.restart and (self.out / "summary.json").exists()
+        if writable and any(self.out.glob("[!.]*")):
+            before = {}
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                before = dict(json.loads(self.arguments_file.read_text()))
+        not_model = self.out.resolve() != Path(self.arguments["model"]).resolve()
+        elsewhere = "name another place"
+        check(not_model, f"--out {self.out} is the folder of --model; {elsewhere}")
+        check(writable, f"--out {self.out}: {existing} is not a folder that can be written; {elsewhere}")
+        ours = before.get("stage") == self.stage
+        check(ours, f"--out {self.out} exists and is no run of train_{self.stage}.py; {elsewhere}")
+        if self.restart:
+            return False
+        self._check_arguments("", before, self.arguments)
+        self._check_arguments(" of content", before.get("contents", {}), self.arguments["contents"])
+        finished = (self.out / "summary.json").exists()
         if finished:
             self._remove(*WORK)  # a kill may have come between the summary and this
         return finished
 
-    def _check_arguments(self, before: dict) -> None:
-        def named(arguments):
-            """Every argument that changes the result, and the fingerprints of the files, by a name for the message."""
-            arguments = {name: value for name, value in arguments.items() if name not in FREE_ARGUMENTS}
-            contents = {f"{name} of content": found for name, found in arguments.pop("contents", {}).items() if found}
-            return {f"--{name.replace('_', '-')}": value for name, value in (arguments | contents).items()}
-
-        before, now = named(before), named(self.arguments)
+    def _check_arguments(self, kind: str, before: dict, now: dict) -> None:
         # An argument that only one of them knows belongs to another version of this project.
-        changed = sorted(name for name in before.keys() & now.keys() if before[name] != now[name])
-        if changed:
-            name = changed[0]
-            says = f"{self.out} was begun with {name} {before[name]}, now it is {now[name]}"
-            raise UserError(f"{says}; use the old one, --restart to begin anew, or another --out")
+        for name in sorted(before.keys() & now.keys() - FREE_ARGUMENTS - {"contents"}):
+            says = f"{self.out} was begun with --{name.replace('_', '-')}{kind} {before[name]}, now it is {now[name]}"
+            check(before[name] == now[name], f"{says}; use the old one, --restart to begin anew, or another --out")
 
     # --- steps
 
     def steps(self, first: int, last: int) -> Iterator[int]:
         """The numbers of the steps from `first` to `last` - 1, under a progress bar."""
-        self.last_step = last
         self.progress = bar(total=last, initial=first, desc=self.stage)
-        self.in_step = True
+        self.last_step, self.in_step = last, True
         began, cpu_began = time.monotonic(), time.process_time()
         for step in range(first, last):
             yield step
             self.progress.update()
             if step == first + 2:
-                self._say_how_long(time.monotonic() - began, time.process_time() - cpu_began, 3, last - first)
+                self._say_how_long(last - first, time.monotonic() - began, time.process_time() - cpu_began)
         self.in_step = False
         self.progress.close()
 
-    def _say_how_long(self, seconds: float, cpu_seconds: float, done: int, steps: int) -> None:
-        minutes = seconds / done * steps / 60
+    def _say_how_long(self, steps: int, seconds: float, cpu_seconds: float) -> None:
+        """After three steps, which took this long: say how long all will take, if that is more than a minute."""
+        import torch
+
+        minutes, cores, threads = seconds / 3 * steps / 60, cpu_seconds / seconds, torch.get_num_threads()
         if minutes > 1:
             self.progress.write(f"{self.stage}: {steps} steps will take about {minutes:.0f} minutes")
-        threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 1
-        if threads > 1 and cpu_seconds < 0.75 * threads * seconds and minutes > 1:
-            got = f"{cpu_seconds / seconds:.1f} of {threads} cores"
-            warn(f"other programs are busy: this one gets {got}; OMP_NUM_THREADS=1 may be several times as fast")
+            if threads > 1 and cores < 0.75 * threads:
+                got = f"{cores:.1f} of {threads} cores"
+                warn(f"other programs are busy: this one gets {got}; OMP_NUM_THREADS=1 may be several times as fast")
 
-    def end_step(
-        self, step: int, policy, optimizer, metrics: dict, state: dict, *, seconds, tokens, show=None, checkpoint=False
-    ) -> None:
+    def end_step(self, step, policy, optimizer, metrics, state, *, seconds, tokens, show=None, checkpoint=False):
         """End step number `step`, counted from 1: log it, write a checkpoint if one is due, leave if a signal asked.
 
         Args:
-            metrics: the line of metrics.jsonl.
-            state: what `load` returns after a kill, beside "step"; JSON must hold it exactly.
+            metrics: the line of metrics.jsonl, a dict.
+            state: the dict that `load` returns after a kill, beside "step"; JSON must hold it exactly.
             seconds, tokens: the line of timings.jsonl.
             show: figures for the progress bar.
             checkpoint: write one now, beside those every --checkpoint-every steps and after the last step.
         """
-        if not self.arguments_file.exists():
-            raise UserError(f"--out {self.out} was removed during the run; run the same command to begin anew")
+        removed = f"--out {self.out} was removed during the run; run the same command to begin anew"
+        check(self.arguments_file.exists(), removed)
         self.log(step, **metrics)
         memory = peak_memory_mb(self.arguments.get("device", "auto"))
         speed = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_mb": memory}
         self._append("timings.jsonl", {"step": step, **speed})
-        self.progress.set_postfix({name: f"{float(x):.3g}" for name, x in (show or {}).items()})
-        number = self._signal_of_any()
+        self.progress.set_postfix({name: float(x) for name, x in (show or {}).items()})
+        number = self._in_first(lambda: self.asked_to_stop)  # a signal to torchrun reaches every process
         if checkpoint or number or step == self.last_step or step % self.arguments["checkpoint_every"] == 0:
             self.save(policy, optimizer, {**state, "step": step})
         if number:
             self.progress.close()
-            message = f"{signal.Signals(number).name}: stopped at a checkpoint; the same command continues"
-            raise Stopped(message, 128 + number)
+            name = signal.Signals(number).name
+            raise Stopped(f"{name}: stopped at a checkpoint; the same command continues", 128 + number)
 
     def _on_signal(self, number: int, frame) -> None:
         """SIGINT and SIGTERM wait for the end of a step; outside of steps, and the second time, they do not."""
@@ -216,8 +203,7 @@ class Run:
         except (SafetensorError, KeyError, FileNotFoundError) as error:
             raise UserError(f"{self.checkpoint_file} cannot be read ({error}); --restart begins anew") from None
         # The optimiser puts moments and step counts on the right device, in the right type.
-        known = {number: found for number, found in enumerate(moments) if found}
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": known})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(enumerate(moments))})
         print(f"continuing {self.out} after step {state['step']}")
         return state
 
@@ -230,8 +216,7 @@ class Run:
 
         self.out.mkdir(parents=True, exist_ok=True)
         self._locked = open(self.out / ".lock", "ab")  # noqa: SIM115 (open, and so locked, until the process ends)
-        if not lock(self._locked):
-            raise UserError(f"--out {self.out}: another process is at work there; wait for it or stop it")
+        check(lock(self._locked), f"--out {self.out}: another process is at work there; wait for it or stop it")
         if self.restart:
             # The arguments last: a kill on the way leaves the old run without a checkpoint, or the new run.
             self._remove("summary.json", *MODEL, "checkpoint*", *LOGS)
@@ -243,8 +228,7 @@ class Run:
                 state = json.loads(file.metadata()["state"])
         for log in (self.out / name for name in LOGS):
             length, size = state["log_lengths"].get(log.name, 0), log.stat().st_size if log.exists() else 0
-            if length > size:
-                raise UserError(f"{log} is shorter than at the checkpoint; put it back, or --restart to begin anew")
+            check(length <= size, f"{log} is shorter than at the checkpoint; put it back, or --restart to begin anew")
             if length < size:
                 os.truncate(log, length)
         return state
@@ -284,10 +268,6 @@ class Run:
     def _in_first(self, function):
         """Call `function` in the first process; all get what it returns, or the UserError that it raises."""
         return function()
-
-    def _signal_of_any(self) -> int:
-        """The signal that asked one of the processes to stop, or 0."""
-        return self.asked_to_stop
 
     def _read_tensors(self, state: dict, parameters: dict, device) -> dict:
         """The tensors of the checkpoint with this state, by name, each spread as its parameter is."""

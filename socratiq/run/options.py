@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that --help and a mistyped argument a
 import argparse
 import math
 import sys
+from operator import ge, gt, le, lt
 
 from socratiq.run.errors import UserError
 
@@ -32,8 +33,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind=float, above=None, least=None, most=None, below=None, metavar=None):
-    """An argument type: a finite number of this kind between bounds, `above` and `below` exclusive.
+BOUNDS = {"above": ("above", gt), "least": ("at least", ge), "most": ("at most", le), "below": ("below", lt)}
+
+
+def number(kind=float, metavar=None, **bounds):
+    """An argument type: a finite number of this kind within bounds such as `least=0, below=1` (the names of BOUNDS).
 
     --help shows the `metavar`, by default N for a whole number and X for another one.
     """
@@ -43,15 +47,10 @@ def number(kind=float, above=None, least=None, most=None, below=None, metavar=No
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-        bounds = [
-            (above is None or value > above, f"above {above}"),
-            (least is None or value >= least, f"at least {least}"),
-            (below is None or value < below, f"below {below}"),
-            (most is None or value <= most, f"at most {most}"),
-        ]
-        wrong = [rule for holds, rule in bounds if not holds]
-        if wrong or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"must be {' and '.join(wrong) or 'finite'}, not {text}")
+        rules = [(*BOUNDS[name], bound) for name, bound in bounds.items()]
+        broken = [f"{words} {bound}" for words, holds, bound in rules if not holds(value, bound)]
+        if broken or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be {' and '.join(broken) or 'finite'}, not {text}")
         return value
 
     convert.metavar = metavar or ("N" if kind is int else "X")
@@ -85,15 +84,12 @@ source.metavar = "SOURCE"
 
 def add_run_arguments(parser: Parser, out: str) -> None:
     """The arguments that every training stage has."""
-    group = parser.add_argument_group("run")
-    add = group.add_argument
+    add = parser.add_argument_group("run").add_argument
     add("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
     add("--seed", type=zero_or_more, default=0, help="seed of every random draw")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    precision = "of matrix products; losses and trained weights stay float32 (auto: bfloat16 where the hardware has it)"
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help=f"precision {precision}")
-    plain = "transformers' own layers, PyTorch's own attention, one process; slower, the same numbers"
-    add("--plain", action="store_true", help=f"leave the engine out: {plain}")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
+    add("--plain", action="store_true", help="leave the engine out: one process, slower, the same numbers")
     add("--deterministic", action="store_true", help="same bytes again on a GPU too, slower (a CPU always does this)")
     add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
     add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")
@@ -101,15 +97,12 @@ def add_run_arguments(parser: Parser, out: str) -> None:
 
 def add_model_arguments(parser: Parser, model: str) -> None:
     """Which model is trained, and how much of it."""
-    group = parser.add_argument_group("model")
-    add = group.add_argument
+    add = parser.add_argument_group("model").add_argument
     add("--model", default=model, help='"smollm2", "tiny", a checkpoint folder, or a Hub id: meta-llama/Llama-3.1-8B')
     add("--lora-rank", type=zero_or_more, default=16, metavar="R", help="rank of the adapters; 0 trains every weight")
     add("--max-prompt-tokens", type=count, default=512, metavar="TOKENS", help="a longer context loses its tail")
-    again = "recompute activations in the backward pass: less memory, a third more time, the same numbers"
-    add("--grad-checkpoint", action="store_true", help=again)
-    packed = "hold frozen weights in 4 bits (needs bitsandbytes and adapters); the model written is not packed"
-    add("--load-in-4bit", action="store_true", help=packed)
+    add("--grad-checkpoint", action="store_true", help="recompute activations: less memory, a third more time")
+    add("--load-in-4bit", action="store_true", help="hold frozen weights in 4 bits (needs bitsandbytes and adapters)")
 
 
 def model_options(args) -> dict:
