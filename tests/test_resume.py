@@ -187,7 +187,7 @@ def test_changed_arguments_and_inputs_are_refused_by_name(scripts, inputs, unint
     for path, option in ((own / "rows.jsonl", "--data"), (own / "deep_scorer" / "scorer.json", "--scorer"),
                          (model / "model.safetensors", "--model")):  # fmt: skip
         before = path.read_bytes()
-        path.write_bytes(before[:-9] + b" " + before[-8:])
+        path.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
         says = refused(scripts, arguments, tmp_path)
         assert f"was begun with {option} of content " in says
         path.write_bytes(before)
