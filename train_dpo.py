@@ -13,7 +13,7 @@ with log pi(y|x) the sum over the tokens of y, and pi_ref the model as it was be
  3. Update: clip the gradient, AdamW, linear warm-up and decay.
  4. At the end of an epoch: the same figures on held-out pairs.
 
-What differs from the paper:
+Departures from the paper:
  1. Both questions of a pair hang on one prompt, which is run once (socratiq/batch.py).
  2. The reference's log-probs are computed once, before the first update, by the model itself: it *is* the reference
     then. No second model is ever in memory.
@@ -101,7 +101,7 @@ def run_stage():
     optimizer = training.make_optimizer(policy, args.lr)
 
     def forward(mine):
-        """Of these pairs: log-probs of the two questions (B, 2), and those of the tokens with their mask (B, 2, C)."""
+        """Sequence log-probs (B, 2) of these pairs, token log-probs and mask (B, 2, C)."""
         prompts, questions = [encoded[i][0] for i in mine], [encoded[i][1] for i in mine]
         # A process without pairs still has to run the model: on a prompt without questions.
         batch = make_batch(prompts or [[0]], questions or [[[], []]]).to(policy.device)

@@ -13,7 +13,7 @@ Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One i
     by RLOO (Ahmadian et al. 2024), scaled to unit variance.
  6. Update: a few epochs over minibatches, clipped policy loss + vf_coef * clipped value loss.
 
-What differs from the usual implementation:
+Departures from the usual implementation:
  1. Policy and value share one trunk and one forward pass. The value head is a single linear layer on the trunk's
     detached states of norm 1; its weight starts at zero, its bias at the mean of the first scores (docs/ppo.md).
  2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
@@ -28,9 +28,7 @@ from socratiq.run.errors import main, warn
 
 
 def parse_arguments():
-    parser = options.Parser(
-        description="PPO: learn to ask questions that the scorer rewards, near the model of before."
-    )
+    parser = options.Parser(description="PPO: learn to ask questions that the scorer rewards, near the starting model.")
     options.add_model_arguments(parser, model="runs/dpo")
     add = parser.add_argument_group("data and reward").add_argument
     add("--data", type=options.source, default="sample", help='texts: "sample", "socratiq", a file, a folder')
@@ -38,7 +36,12 @@ def parse_arguments():
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward")
     add("--allow-bare-scorer", action="store_true", help="take a scorer without a language model, which PPO soon games")
     add("--reward", metavar="MODULE:FUNCTION", help="a reward of your own: f(contexts, questions, types) -> floats")
-    add("--missing-eos-penalty", type=options.not_negative, default=1.0, help="taken off the score without an end")
+    add(
+        "--missing-eos-penalty",
+        type=options.not_negative,
+        default=1.0,
+        help="subtracted from the score of a question without EOS",
+    )
     add = parser.add_argument_group("rollout").add_argument
     add("--batch-size", type=options.count, default=16, metavar="PROMPTS", help="prompts per iteration")
     add("--samples-per-prompt", type=options.count, default=4, metavar="K", help="questions per prompt")
@@ -51,14 +54,20 @@ def parse_arguments():
     add("--minibatches", type=options.count, default=2, metavar="N", help="optimiser steps per pass")
     add("--lr", type=options.positive, help="peak learning rate (4e-4 with adapters, 1e-5 without; a fifth for 8B)")
     add("--warmup", type=options.fraction, default=0.05, help="share of the iterations that warm up")
-    add("--clip", type=options.positive, default=0.2, help="range of the ratio, and of the value's change")
+    add("--clip", type=options.positive, default=0.2, help="clip range of the ratio and of the value's change")
     add("--vf-coef", type=options.not_negative, default=0.1, help="weight of the value loss")
     add("--gamma", type=options.number(float, above=0, most=1), default=1.0, help="discount per token")
     add("--lam", type=options.number(float, least=0, most=1), default=0.95, help="lambda of GAE")
     add("--kl-coef", type=options.not_negative, default=0.02, help="price of a nat of KL to the reference")
     add("--kl-target", type=options.positive, metavar="NATS", help="adapt --kl-coef towards this KL per question")
-    add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="how fast it adapts")
-    add("--target-kl", type=options.positive, default=0.1, metavar="NATS", help="approximate KL that ends an update")
+    add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="a larger one adapts more slowly")
+    add(
+        "--target-kl",
+        type=options.positive,
+        default=0.1,
+        metavar="NATS",
+        help="end an update early at this KL from the rollout policy",
+    )
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     add("--eval-every", type=options.count, default=10, metavar="ITERATIONS", help="between held-out figures")
     add("--eval-prompts", type=options.count, default=32, metavar="PROMPTS", help="held-out prompts evaluated")
@@ -152,7 +161,7 @@ def run_stage():
         return Rollout(tasks, prompts, completions, questions, scores.view(len(tasks), samples), parts)
 
     def batch_of(rollout, chosen):
-        """These prompts of a rollout with their questions. Of several processes each has its part: `mine`."""
+        """These prompts of a rollout and their questions; of several processes each has its part (`mine`), or none."""
         mine = distributed.share(chosen)
         prompts, completions = [rollout.prompts[b] for b in mine], [rollout.completions[b] for b in mine]
         batch = make_batch(prompts or [[0]], completions or [[[]] * args.samples_per_prompt])
@@ -190,7 +199,7 @@ def run_stage():
         # 1. Prompts. 2. Questions. 3. Scores.
         tasks = draw_tasks(train_contexts, args.batch_size, "tasks", step)
         rollout = roll_out(tasks, args.samples_per_prompt, "samples", step)
-        grid = make_batch([[0]] * len(tasks), rollout.completions).to(policy.device)  # only for its (B, K, C) tensors
+        grid = make_batch([[0]] * len(tasks), rollout.completions).to(policy.device)  # for tokens and mask; never run
         tokens, mask, raw_scores = grid.tokens, grid.mask, rollout.scores.to(policy.device)
         names = [f"{sources[context]} asked for {kind}" for context, kind in tasks]
         training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, where, names)
@@ -203,7 +212,7 @@ def run_stage():
         # 4. Log-probs of policy and reference, values.
         if critic and step == 0:
             with torch.no_grad():
-                policy.value_head.bias.fill_(scores.mean())  # the critic begins as the constant baseline
+                policy.value_head.bias.fill_(scores.mean().item())  # the critic begins as the constant baseline
         old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}
         with torch.no_grad():
             for start in range(0, len(tasks), minibatch):
@@ -222,7 +231,7 @@ def run_stage():
         else:
             advantages = returns = losses.rloo(rewards, mask)
         training.check_finite({"the sum of the advantages": advantages.sum().item()}, where, names)
-        advantages = losses.whiten(advantages, mask, shift_mean=critic)  # the mean of RLOO's is its own baseline
+        advantages = losses.whiten(advantages, mask, shift_mean=critic)  # RLOO's are centred per prompt: scale only
 
         # 6. Update.
         lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)
@@ -230,7 +239,7 @@ def run_stage():
         for chosen in training.minibatches(len(tasks), args.minibatches, args.ppo_epochs, args.seed, step):
             mb_tokens = sum(len(ids) for b in chosen for ids in rollout.completions[b])
             mine, batch = batch_of(rollout, chosen)
-            mb_mask = batch.mask  # (b, K, C), as all that begins with mb_
+            mb_mask = batch.mask  # (b, K, C), as the tensors of a rollout that begin with mb_
             of_rollout = (old["logprobs"], advantages, old["values"], returns)
             mb_old, mb_advantages, mb_values, mb_returns = (x[mine or [0], :, : mb_mask.shape[-1]] for x in of_rollout)
             new = token_logprobs(policy, batch, args.temperature)
@@ -250,7 +259,7 @@ def run_stage():
                 figures |= {"val/loss": value_loss.detach(), "val/clipfrac": clipfrac}
                 loss = loss + args.vf_coef * value_loss
             loss.backward()
-            if not updates:  # 0 but for rounding: the policy has not moved yet
+            if not updates:  # before the first step the ratio is 1, so this is rounding
                 ratio_error = ((ratio - 1).abs() * mb_mask).max().item()
             figures = distributed.all_sum({**figures, "loss": loss.detach()})
             mb_loss, mb_names = float(figures.pop("loss")), [names[b] for b in chosen]

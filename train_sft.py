@@ -15,7 +15,7 @@ over all rows of an update. One update:
  3. Update: clip the gradient, AdamW, linear warm-up and decay.
  4. At the end of an epoch: the loss on held-out rows.
 
-What differs from the plainest SFT:
+Departures from the plainest SFT:
  1. Only the question and its end-of-sequence token are learnt, never the prompt.
  2. Rows are laid end to end, without padding (socratiq/batch.py); inside an update they are sorted by length.
  3. The head runs on question positions only.
@@ -94,7 +94,7 @@ def run_stage():
     optimizer = training.make_optimizer(policy, args.lr)
 
     def batch_of(chosen):
-        """The rows of this number, side by side. Of several processes each has its part of them."""
+        """The batch of these row indices; of several processes each has its part."""
         mine = distributed.share(chosen)
         prompts, questions = [encoded[i][0] for i in mine], [[encoded[i][1]] for i in mine]
         # A process without rows still has to run the model: on a prompt without a question.

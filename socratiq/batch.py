@@ -39,7 +39,7 @@ class Batch(NamedTuple):
     rows: Rows  # which tokens see each other
     tokens: torch.Tensor  # (B, K, C) completion tokens, EOS included; 0 where mask is 0
     mask: torch.Tensor  # (B, K, C) float, 1.0 on completion tokens
-    read: torch.Tensor  # (M,) for each of the M scored tokens, the index in N of the state that predicts it
+    read: torch.Tensor  # (M,) in the order of tokens[mask]: the index in N of the state that predicts each
 
     def to(self, device) -> Batch:
         """The same batch on another device."""

@@ -25,7 +25,9 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5))  # one on every device
+        start = nn.init.kaiming_uniform_(
+            torch.empty(rank, base.in_features), a=math.sqrt(5)
+        )  # drawn on the CPU: the same start on every device
         self.lora_A = nn.Parameter(start.to(base.weight.device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (out, r)
         self.scale = alpha / rank

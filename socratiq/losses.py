@@ -299,7 +299,7 @@ def policy_loss(new_logprobs, old_logprobs, advantages, mask, clip, total=None):
         L_t = max(- A_t ratio_t, - A_t clip(ratio_t, 1 - clip, 1 + clip))        L = sum_t m_t L_t / sum_t m_t
 
     The max keeps the more pessimistic of the two. Once the ratio has left the range in the direction of A_t, the
-    gradient is 0; on the other side it pulls back. On the first pass ratio = 1 and L = - mean A.
+    gradient is 0; on the other side it pulls back. Before the first step of an update ratio = 1 and L = - mean A.
 
     Four tensors (..., T) -> loss, clipfrac (share of tokens where the clipped term wins), both scalars. Differentiable
     in new_logprobs only: old_logprobs and advantages are constants. `total` replaces sum_t m_t in both results.

@@ -93,7 +93,8 @@ class Cache:
 
     def prefill(self) -> torch.Tensor:
         """Run every prompt -> logits (B, V) of the first token of its completions."""
-        batch = make_batch(self.prompts, [[[0]]] * len(self.prompts)).to(self.policy.device)  # a token, never read
+        # A completion of one token: `read` is then each prompt's last state. The token itself is cut off below.
+        batch = make_batch(self.prompts, [[[0]]] * len(self.prompts)).to(self.policy.device)
         self.rows, self.attend = batch.rows, self.policy.twin(RowAttention)(batch.rows)
         hidden = self.policy.hidden(batch.input_ids, batch.position_ids, self._keep_prompts, batch.read)  # (B, H)
         return self.policy.lm.lm_head(hidden)

@@ -5,6 +5,7 @@ from math import log
 
 import pytest
 import torch
+import torch.nn.functional as F
 from small import EOS, small_lm, small_policy, small_rows, stir
 
 from socratiq.batch import make_batch
@@ -73,7 +74,7 @@ def test_packed_rows_equal_one_forward_per_sequence(make_policy, samples, temper
         for k, completion in enumerate(completions[b]):
             logprobs, hidden = one_by_one(lm, prompt, completion, temperature)
             close(out["logprobs"][b, k, : len(completion)], of(logprobs, completion))
-            close(out["values"][b, k, : len(completion)], policy.value_head(hidden)[:, 0])
+            close(out["values"][b, k, : len(completion)], policy.value_head(F.normalize(hidden, dim=-1))[:, 0])
             assert batch.mask[b, k].sum() == len(completion)
     assert (out["logprobs"][~batch.mask.bool()] == 0).all()
 
