@@ -110,7 +110,7 @@ def test_four_scripts_on_the_real_small_model(tmp_path):
         sft=(*few, "--eval-rows", 4, "--lr", 1e-3),
         pairs=loose,
         dpo=(*few, "--eval-rows", 4, "--dtype", "float32", "--held-out", 0.3),
-        ppo=(*few, "--samples-per-prompt", 2, "--max-new-tokens", 16, "--eval-prompts", 2),
+        ppo=(*few, "--samples-per-prompt", 2, "--max-new-tokens", 16, "--eval-prompts", 2, "--allow-bare-scorer"),
     )
     check_outputs(tmp_path)
     check_metrics(tmp_path)
