@@ -3,13 +3,15 @@
 Tiny random models in the shapes of real families go through transformers' own saving and our own opening.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from socratiq import lora, policy
 from socratiq.family import check_family, largest_difference
-from socratiq.models import load_policy, load_tokenizer
+from socratiq.models import load_policy, load_tokenizer, save_policy
 from socratiq.run.errors import UserError
 
 SHAPE = {
@@ -153,3 +155,29 @@ def test_sequences_beyond_what_the_project_implements_are_refused(setting, token
     ):
         opened.check_length(tokens, "rows.csv row 1")
     assert isinstance(opened, policy.Policy)
+
+
+def test_what_is_written_stops_where_it_learnt_to_stop(tmp_path):
+    """The tokenizer's EOS comes first in both configs; a published temperature beside greedy decoding is no error."""
+    opened, tokenizer = load_policy("tiny", "cpu", "float32"), load_tokenizer("tiny")
+    opened.lm.config.eos_token_id, opened.lm.generation_config.eos_token_id = 7, [7, 8]
+    opened.lm.generation_config.do_sample, opened.lm.generation_config.temperature = False, 0.9
+    save_policy(opened, tokenizer, tmp_path, "tiny")
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    ends = json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [tokenizer.eos_token_id, 7, 8]
+
+
+def test_others_open_a_merged_mixture_of_experts(tmp_path):
+    folder = write(tmp_path / "mixtral", "mixtral", **EXPERTS)
+    opened = load_policy(folder, "cpu", "float32", lora_rank=4)
+    with torch.no_grad():
+        for _, adapter in lora.adapters(opened.lm):
+            torch.nn.init.normal_(adapter.lora_B, std=0.1)
+    save_policy(opened, load_tokenizer("tiny"), tmp_path / "out", folder)
+    theirs, found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    ids = torch.tensor([[1, 5, 7, 9]])
+    opened.lm.set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, opened.lm(ids).logits, rtol=0, atol=1e-4)
