@@ -353,14 +353,14 @@ def test_a_sentence_begins_once_and_as_the_rows_do():
     assert gates.sentence("你为什么?", **gates.fit_sentence([""], ["你为什么?"] * 9))
 
 
-def test_overlap_by_hand():
+def test_the_rarest_shared_word_by_hand():
     rarity = gates.fit_rarity(["cats chase mice", "cats sleep", "cats sleep"])
     log = math.log
     assert rarity == pytest.approx({"cats": log(3 / 2), "chas": log(3), "mice": log(3), "slee": log(3), "": log(3)})
-    best, missing = gates.overlap("Mice eat cheese", "Do mice sleep, chaser?", rarity)
-    assert best == pytest.approx(log(3))  # mice
-    assert missing == pytest.approx(3 * log(3))  # do (never met), sleep, chaser
-    assert gates.overlap("", "", rarity) == (0.0, 0)
+    assert gates.rarest_shared("Cats and mice eat cheese", "Do mice or cats sleep?", rarity) == pytest.approx(log(3))
+    assert gates.rarest_shared("Cats", "Which cat? Cats.", rarity) == pytest.approx(log(3 / 2))
+    assert gates.rarest_shared("Dogs bark", "Do dogs bark?", rarity) == pytest.approx(log(3))  # words never met
+    assert gates.rarest_shared("", "", rarity) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -450,10 +450,9 @@ def test_fluency_and_relatedness_by_the_model(deep):
 
 def test_signs_of_a_question_by_hand():
     logprobs = torch.tensor([-9.0, -1.0, -2.0, -6.0, -4.0])
-    # low: -6, -4, -2, -1; a quarter is one of them; four words, 22 nats
-    signs = fluency_signs("Why do you ask?", Reading(logprobs, None))
-    assert signs == pytest.approx([-4.4, -6.0, -5.0, -5.5])
-    assert fluency_signs("?", Reading(logprobs[:1], None)) == [-100.0] * 4
+    # low: -6, -4, -2, -1; a quarter is one of them
+    assert fluency_signs(Reading(logprobs, None)) == pytest.approx((-4.4, -6.0))
+    assert fluency_signs(Reading(logprobs[:1], None)) == (-100.0, -100.0)
 
 
 def test_a_saved_scorer_has_its_language_model_again(tmp_path, deep, monkeypatch):

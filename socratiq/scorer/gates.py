@@ -141,9 +141,7 @@ def fit_rarity(contexts: list[str]) -> dict[str, float]:
     return {s: math.log((1 + len(texts)) / n) for s, n in sorted(count.items())} | {"": math.log(1 + len(texts))}
 
 
-def overlap(context: str, question: str, rarity: dict[str, float]) -> tuple[float, float]:
-    """The weight of the rarest word that text and question share, and the sum of the weights that the text lacks."""
-    there = {stem(word) for word in words(context)}
-    asked = {s: rarity.get(s, rarity[""]) for s in sorted({stem(word) for word in words(question)})}
-    shared = [weight for s, weight in asked.items() if s in there]
-    return max(shared, default=0.0), sum(asked.values()) - sum(shared)
+def rarest_shared(context: str, question: str, rarity: dict[str, float]) -> float:
+    """The rarity of the rarest word beginning that text and question share; 0 if they share none."""
+    both = {stem(word) for word in words(context)} & {stem(word) for word in words(question)}
+    return max((rarity.get(beginning, rarity[""]) for beginning in both), default=0.0)

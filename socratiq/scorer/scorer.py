@@ -32,9 +32,9 @@ from socratiq.scorer.ngrams import fit_strengths, mean_opinion, minimise, opinio
 from socratiq.taxonomy import OTHERS
 
 EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another
-SURE, DOUBT = 1.5, 1.0  # relatedness is sigmoid(SURE * (log-odds + DOUBT)), in doubt for the question
+DOUBT = 1.0  # relatedness is sigmoid(log-odds + DOUBT), in doubt for the question
 L2_RELATED = 1e-3
-GATE_ROWS = 400  # rows from which relatedness and fluency are learnt: a language model has to read their texts
+GATE_ROWS = 256  # rows from which relatedness and fluency are learnt: a language model has to read their texts
 ODD = 0.05  # share of genuine questions that pay something for each sign of fluency
 VERSION = 6  # of the saved files; 6: fluency by log-probs alone
 SETTINGS = ("texts", "model", "signature", "rarity", "sentence", "fluency")
@@ -78,7 +78,7 @@ class Scorer:
         w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
         minimise(lambda: x @ w + b, [w, b], own.float(), L2_RELATED)
         self.tensors["related"], self.tensors["related_bias"] = w, b
-        signs = zip(*map(fluency_signs, questions, given[: len(rows)]), strict=True)  # of each sign, those of all rows
+        signs = zip(*map(fluency_signs, given[: len(rows)]), strict=True)  # of each sign, those of all rows
         self.settings["fluency"] = [Ramp.below(list(sign), ODD) for sign in signs]
 
     def read(self, contexts: list[str], questions: list[str]) -> tuple[list[Reading], list[Reading]]:
@@ -92,21 +92,22 @@ class Scorer:
         return mean_opinion(opinions(self.tensors, questions, features_of(self.lm, questions)))
 
     def evidence(self, contexts, questions, alone: list[Reading], given: list[Reading]) -> torch.Tensor:
-        """(N, 2 or 3) signs that a question is about its context: words shared and not (gates.overlap), and with a
-        language model how much likelier the context makes it.
+        """(N, 1 or 2) signs that a question is about its context: the rarest word that both share, and with a language
+        model how much likelier the context makes it.
 
         That is log p(question | context) - log p(question) without the first token, which every text helps, over the
         root of the question's length: long questions have more to gain.
         """
-        columns = [[*gates.overlap(c, q, self.settings["rarity"])] for c, q in zip(contexts, questions, strict=True)]
+        rarity = self.settings["rarity"]
+        columns = [[gates.rarest_shared(c, q, rarity)] for c, q in zip(contexts, questions, strict=True)]
         for column, a, g in zip(columns, alone, given, strict=False):
             column.append((g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.logprobs)) ** 0.5)
         return torch.tensor(columns)
 
-    def fluency(self, question: str, given: Reading) -> float:
-        """The worst of a question's signs counts."""
-        signs = fluency_signs(question, given)
-        return min(Ramp(*ramp)(sign) for ramp, sign in zip(self.settings["fluency"], signs, strict=True))
+    def fluency(self, given: Reading) -> float:
+        """The worse of a question's two signs counts."""
+        signs = zip(self.settings["fluency"], fluency_signs(given), strict=True)
+        return min(Ramp(*ramp)(sign) for ramp, sign in signs)
 
     def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The reward (N,), and every part of it by name, each (N,) in 0..1. Raises UserError for an unknown type."""
@@ -126,10 +127,10 @@ class Scorer:
             "form": torch.tensor([gates.form(q) for q in questions]),
             "originality": torch.tensor([*map(gates.originality, prompts, questions)]),
             "sentence": torch.tensor([gates.sentence(q, **self.settings["sentence"]) for q in questions]),
-            "relatedness": torch.sigmoid(SURE * (log_odds + DOUBT)),
+            "relatedness": torch.sigmoid(log_odds + DOUBT),
         }
         if self.lm:
-            parts["fluency"] = torch.tensor([*map(self.fluency, questions, given)])
+            parts["fluency"] = torch.tensor([*map(self.fluency, given)])
         reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
         if self.lm:
             parts |= {name: x.gather(1, column)[:, 0] for name, x in zip(("ngrams", "probe"), found, strict=True)}
@@ -191,16 +192,15 @@ def features_of(lm: LanguageModel | None, questions: list[str]) -> torch.Tensor 
     return torch.stack([reading.features for reading in lm.read([""] * len(questions), questions)])
 
 
-def fluency_signs(question: str, given: Reading) -> list[float]:
-    """Mean log-prob of a question's tokens after its text, of their lowest quarter, of their lowest two; sum per word.
+def fluency_signs(given: Reading) -> tuple[float, float]:
+    """Mean log-prob of a question's tokens after its text, and of their lowest quarter.
 
     The first token, which follows nothing, is none of the lowest.
     """
     low = given.logprobs[1:].sort().values
     if not len(low):
-        return [-100.0] * 4  # too short to have any
-    means = [x.mean().item() for x in (given.logprobs, low[: max(1, len(low) // 4)], low[:2])]
-    return [*means, given.logprobs.sum().item() / max(1, len(gates.words(question)))]
+        return -100.0, -100.0  # too short to have any
+    return given.logprobs.mean().item(), low[: max(1, len(low) // 4)].mean().item()
 
 
 def cross_validate(rows, folds: int = 5, lm: LanguageModel | None = None, held_out=frozenset()) -> Figures:
