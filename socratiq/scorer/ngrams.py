@@ -30,10 +30,11 @@ def ngrams(question: str) -> list[int]:
 
 def bags(questions: list[str]) -> torch.Tensor:
     """(N, BUCKETS) sparse, 1.0 where a question has an n-gram of a bucket."""
-    found = [(row, bucket) for row, question in enumerate(questions) for bucket in ngrams(question)]
-    indices = torch.tensor(found, dtype=torch.long).reshape(-1, 2).T.contiguous()
-    options = {"size": (len(questions), BUCKETS), "is_coalesced": True, "check_invariants": False}
-    return torch.sparse_coo_tensor(indices, torch.ones(len(found)), **options)
+    ids = [ngrams(question) for question in questions]
+    row = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(i) for i in ids], dtype=torch.long))
+    indices = torch.stack([row, torch.tensor([bucket for i in ids for bucket in i], dtype=torch.long)])
+    options = {"size": (len(ids), BUCKETS), "is_coalesced": True, "check_invariants": False}
+    return torch.sparse_coo_tensor(indices, torch.ones(len(row)), **options)
 
 
 def minimise(logits, parameters: list[torch.Tensor], target: torch.Tensor, l2: float) -> None:
