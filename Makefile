@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on the embedded model and rows, ending in runs/report.html
+# make demo   the whole pipeline on the embedded model and rows, ending in runs/demo/report.html
 # make test   the whole test suite
 PYTHON ?= python3
 VENV ?= .venv

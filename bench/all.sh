@@ -1,11 +1,10 @@
 #!/bin/sh
-# Every comparison of RESULTS.md, one after the other; about half an hour on two quiet cores.
+# Every comparison of RESULTS.md, one after the other, as rows of its table; about half an hour on two quiet cores.
 #   sh bench/all.sh [rows.csv]       TRL=.venv-trl TRL_PPO=.venv-trl-ppo OURS=.venv
-# The figures land in bench/figures.jsonl, the table is printed at the end.
 set -e
 data=${1:-sample}
 ours=${OURS:-.venv}/bin/python
-compare() { "$ours" bench/compare.py "$@" --data "$data" --json bench/figures.jsonl; }
+compare() { "$ours" bench/compare.py "$@" --data "$data"; }
 trl="--trl-python ${TRL:-.venv-trl}/bin/python"
 ppo="--trl-python ${TRL_PPO:-.venv-trl-ppo}/bin/python"
 for dtype in bfloat16 float32; do
@@ -17,8 +16,4 @@ done
 for rank in 0 16; do
     compare dpo $trl --dtype bfloat16 --lora-rank $rank --steps 4
     compare ppo $ppo --dtype bfloat16 --lora-rank $rank --steps 1 --warm-up 0
-    for samples in 1 4; do # what a sample costs where four share a prompt
-        compare ppo --trl-python "" --dtype bfloat16 --lora-rank $rank --samples $samples --steps 2 --warm-up 0
-    done
 done
-"$ours" bench/table.py bench/figures.jsonl

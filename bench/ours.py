@@ -8,7 +8,6 @@ import side
 
 plan = json.loads(Path(sys.argv[1]).read_text())
 parent = side.Parent(plan)
-side.allocator(plan["allocator"])
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
@@ -47,26 +46,26 @@ def update(loss):
 
 def sft(rows):
     batch = make_batch([row["prompt"] for row in rows], [[row["chosen"]] for row in rows]).to(policy.device)
-    return update(losses.sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask)), batch.input_ids.numel()
+    return update(losses.sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask))
 
 
 def pair_logps(rows):
     completions = [[row["chosen"], row["rejected"]] for row in rows]
     batch = make_batch([row["prompt"] for row in rows], completions).to(policy.device)
-    return losses.sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask), batch  # (B, 2)
+    return losses.sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask)  # (B, 2)
 
 
 def dpo(rows):
     # train_dpo.py computes the reference before the first update: one pass without gradients for each pair of the data.
     # It belongs to the price of a pair, so it is timed here, as it is on the other side.
     with torch.no_grad(), policy.reference():
-        reference = pair_logps(rows)[0]
-    logps, batch = pair_logps(rows)
+        reference = pair_logps(rows)
+    logps = pair_logps(rows)
     each, _, _ = losses.dpo_loss(logps[:, 0], logps[:, 1], reference[:, 0], reference[:, 1], 0.1)
-    return update(each.mean()), batch.input_ids.numel()
+    return update(each.mean())
 
 
-def ppo(rows):
+def ppo(rows):  # a step is many updates, so there is no one loss
     prompts, samples = [row["prompt"] for row in rows], plan["samples"]
     completions = sample(policy, prompts, samples, plan["new_tokens"], eos_id=-1, seeds=0)
     everything = make_batch(prompts, completions).to(policy.device)
@@ -86,17 +85,14 @@ def ppo(rows):
             loss, _ = losses.policy_loss(new["logprobs"], old["logprobs"][chosen], advantages[chosen], batch.mask, 0.2)
             value_loss, _ = losses.value_loss(new["values"], old["values"][chosen], returns[chosen], batch.mask, 0.2)
             update(loss + 0.1 * value_loss)
-    return 0.0, everything.input_ids.numel()
 
 
 def generate(rows):
     sample(policy, [row["prompt"] for row in rows], plan["samples"], plan["new_tokens"], eos_id=-1, seeds=0)
-    return 0.0, 0
 
 
 step, told = {"sft": sft, "dpo": dpo, "ppo": ppo, "generate": generate}[work], {}
 for start in range(0, len(plan["rows"]), size):
     parent.wait(**told)
-    loss, tokens = step(plan["rows"][start : start + size])
-    told = {"loss": loss, "tokens_run": tokens}
+    told = {"loss": step(plan["rows"][start : start + size])}
 parent.wait(**told)

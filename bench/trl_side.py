@@ -12,7 +12,6 @@ import side
 
 plan = json.loads(Path(sys.argv[1]).read_text())
 parent = side.Parent(plan)
-side.allocator(plan["allocator"])
 
 import torch  # noqa: E402
 

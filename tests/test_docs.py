@@ -1,0 +1,106 @@
+"""README and docs: every link leads somewhere, every command is understood by its script, every name is in the code."""
+
+import argparse
+import importlib
+import re
+import shlex
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "bench" / "RESULTS.md"])
+PATTERNS = ("*.py", "socratiq/**/*.py", "bench/*.py", "tests/*.py")
+SCRIPTS = [path for pattern in PATTERNS for path in ROOT.glob(pattern)]
+CODE = "\n".join(path.read_text() for path in SCRIPTS if path != Path(__file__))
+WORDS = {*re.findall(r"\w+", CODE), *(path.stem for path in SCRIPTS), *(path.parent.name for path in SCRIPTS)}
+YOURS = {"my_reward.py"}  # files that a reader is to write
+BLOCK = re.compile(r"^```\w*\n(.*?)^```|((?:^    .*\n)+)", re.MULTILINE | re.DOTALL)  # fenced, or indented
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+
+class Found(BaseException):
+    """Carries a parser out of the script that made it."""
+
+
+@lru_cache
+def parser_of(module_name: str) -> argparse.ArgumentParser:
+    """The parser that the command line of a module is read by."""
+
+    def parse_args(self, *_, **__):
+        raise Found(self)
+
+    module = importlib.import_module(module_name)
+    read = next(getattr(module, name) for name in ("parse_arguments", "run", "write") if hasattr(module, name))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        read()
+    return found.value.args[0]
+
+
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(script or module, arguments) of every command on a page, in code blocks and in backticks."""
+    text = page.read_text()
+    blocks = "\n".join(a or b for a, b in BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+    spans = re.findall(r"`(.+?)`", BLOCK.sub("", text))
+    lines = [line for line in [*blocks, *spans] if re.match(r"\s*(\w+=\S+ )*(\S*python|torchrun) ", line)]
+    found = []
+    for piece in re.split(r" && | \| |\n", "\n".join(lines)):
+        words = shlex.split(piece, comments=True)
+        script = next((word for word in words if re.search(r"\.py$|^socratiq\.", word)), None)
+        found += [(script, words[words.index(script) + 1 :])] if script else []
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@every_page
+def test_links(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", page.read_text())):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            linked = (page.parent / path).resolve() if path else page
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
+
+
+@every_page
+def test_commands(page, capsys):
+    for script, arguments in commands(page):
+        if script.startswith(("bench/", "tests/")):  # some import torch
+            source = (ROOT / script).read_text()
+            assert all(f'"{option}"' in source for option in arguments if option.startswith("--")), (script, arguments)
+            continue
+        package = script.startswith("socratiq") and (ROOT / script.replace(".", "/")).is_dir()
+        parser = parser_of(f"{script}.__main__" if package else script.removesuffix(".py"))
+        try:
+            parser.parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{script} {' '.join(arguments)}: {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "questions" not in page.name], ids=lambda path: path.name)
+def test_names(page):  # not on the pages of what models wrote
+    for span in re.findall(r"`([^`\n]+)`", BLOCK.sub("", page.read_text())):
+        path, _, name = span.partition("::")
+        if path.endswith(".py") and " " not in path and path not in YOURS:
+            files = [file for file in SCRIPTS if file.as_posix().endswith(f"/{path}")]
+            assert files, span
+            assert not name or f" {name.split('::')[-1]}(" in files[0].read_text(), span
+        elif re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span) and not re.search(r"\.(\w?html|\w?jsonl?|md|csv)$", span):
+            assert WORDS.issuperset(span.partition("(")[0].split(".")), span
+        for option in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", span):
+            assert f'"{option}"' in CODE, span
+
+
+def test_commands_are_found():
+    """The pages have commands, and a wrong one is noticed."""
+    found = {script for page in PAGES for script, _ in commands(page)}
+    assert {"train_sft.py", "socratiq.evaluate", "bench/compare.py"} <= found
+    with pytest.raises(SystemExit):
+        parser_of("train_ppo").parse_args(["--kl-targt", "1"])
