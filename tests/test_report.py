@@ -55,8 +55,8 @@ def evaluation(say="Why is that so?", type="Clarity", context="A text."):
 
 
 def of_stage(stage):
-    """The rows of the table of metrics for a stage."""
-    return [metric for metric in metrics.read_table() if stage in metric.stages]
+    """The rows of the page of metrics for a stage."""
+    return [metric for metric in metrics.read_metrics() if stage in metric.stages]
 
 
 def every_metric(stage, steps=15):
@@ -113,7 +113,7 @@ def test_the_page_holds_every_stage_and_needs_nothing_from_elsewhere(runs):
     assert len(found.ids) == len(set(found.ids))
     assert not re.search(r"(?:src|href)=.?https?:|@import|url\((?!#)", html)
     assert "default-src 'none'" in html and "script-src" not in html
-    for metric in metrics.read_table():
+    for metric in metrics.read_metrics():
         assert html.count(f"<h3>{metric.title.split(' (')[0]} ") >= len(metric.stages)
     assert "Questions on the way" in html and "step 8" in html
     assert "5 pairs were kept" in html and "labelled others" in html
@@ -251,7 +251,7 @@ def test_tensorboard_gets_every_number(runs, monkeypatch, capsys):
         page.write([str(runs), "--tensorboard", "events"])
 
 
-# ------------------------------------------------------------------------------------------------- the table of metrics
+# ------------------------------------------------------------------------------------------------- the page of metrics
 
 NAMES = """
     loss learning_rate grad_norm tokens_per_second rewards/chosen rewards/rejected rewards/margins rewards/accuracies
@@ -260,16 +260,16 @@ NAMES = """
 """
 
 
-def test_the_table_knows_every_name_that_users_rely_on_once_a_stage():
+def test_the_page_knows_every_name_that_users_rely_on_once_a_stage():
     for stage in STAGES:
         names = [name for row in of_stage(stage) for name in row.names]
         assert len(names) == len(set(names))
-    assert {*NAMES.split()} <= {name for row in metrics.read_table() for name in row.names}
+    assert {*NAMES.split()} <= {name for row in metrics.read_metrics() for name in row.names}
 
 
-def test_the_table_is_read_to_the_last_row_and_names_options_that_exist():
-    table = metrics.read_table()
-    assert len(table) == metrics.TABLE.read_text(encoding="utf-8").count("\n| `")
+def test_the_page_is_read_to_its_last_entry_and_names_options_that_exist():
+    table = metrics.read_metrics()
+    assert len(table) == metrics.PAGE.read_text(encoding="utf-8").count("\n### ")
     assert all(row.names and row.title and row.meaning and {*row.stages} <= {*STAGES} for row in table)
     accuracy = next(row for row in table if row.names[0] == "rewards/accuracies")
     assert (accuracy.band, accuracy.relative, accuracy.since) == ((0.7, 0.95), False, 2)

@@ -23,7 +23,7 @@ Points = Sequence[tuple[float, float]]  # (step, value)
 def draw(curves: Sequence[tuple[str, Points, str]], row: Metric, run: str) -> str:
     """One SVG of curves (name, points, colour). Names that begin with eval/ are drawn with dots.
 
-    A curve of many points is drawn faint, with its moving average on top. The row of the table says which range is
+    A curve of many points is drawn faint, with its moving average on top. docs/metrics.md says which range is
     shaded and where a dashed line is drawn. Row and run keep the ids of the charts on a page apart.
     """
     salt = f"{run} {row.names}"

@@ -1,16 +1,16 @@
-"""The metrics that the stages log: the table of docs/metrics.md, the one place that explains them."""
+"""The metrics that the stages log, from docs/metrics.md, the one place that explains them."""
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-TABLE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 # "0.4 to 0.95 × start", "0.7 to 0.95 from step 2; line at 0.5: coin toss", or nothing
 RANGE = re.compile(r"(?:(\S+) to (\S+)( × start)?(?: from step (\d+))?(?:; line at (\S+): (.+))?)?")
 
 
 class Metric(NamedTuple):
-    """A row of the table: metrics that are looked at together, in one chart of the report."""
+    """An entry of the page: metrics that are looked at together, in one chart of the report."""
 
     names: list[str]  # as in metrics.jsonl; "reward/*" stands for all that begin with "reward/"
     stages: list[str]  # "sft", "dpo", "ppo"
@@ -24,14 +24,17 @@ class Metric(NamedTuple):
     mark: tuple = ()  # (value, label) of a line to compare with
 
 
-def read_table() -> list[Metric]:
-    """The rows of the table, in its order."""
+def read_metrics() -> list[Metric]:
+    """The entries of the page, in its order: title, names and range, meaning, what is healthy and what is sick."""
     metrics = []
-    for line in TABLE.read_text(encoding="utf-8").splitlines():
-        if line.startswith("| `"):
-            names, stages, title, limits, *explanations = (cell.strip() for cell in line.split("|")[1:-1])
-            low, high, relative, since, at, label = RANGE.fullmatch(limits).groups()
+    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        stages, *entries = section.split("\n### ")
+        for entry in entries:
+            title, names, meaning, *_ = entry.strip().split("\n\n")
+            low, high, relative, since, at, label = RANGE.fullmatch(names.partition(" · range ")[2]).groups()
             band, mark = (float(low), float(high)) if low else (), (float(at), label) if at else ()
-            which = re.findall("`(.+?)`", names), stages.lower().split(", "), title
+            which = re.findall("`(.+?)`", names), stages.strip().lower().split(", "), title
+            advice = dict(re.findall("^- (Healthy|Sick): (.+)", entry, re.MULTILINE))
+            explanations = meaning, advice.get("Healthy", ""), advice.get("Sick", "")
             metrics.append(Metric(*which, *explanations, band, bool(relative), int(since or 0), mark))
     return metrics

@@ -17,7 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
-from socratiq.report.metrics import Metric, read_table
+from socratiq.report.metrics import Metric, read_metrics
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write
 from socratiq.run.options import Parser
@@ -44,10 +44,10 @@ class Run(NamedTuple):
     finished: float  # when, in seconds since 1970; 0 while it is under way
 
     def charts(self) -> list[dict]:
-        """The rows of the table of metrics that were logged, then one for each other metric."""
+        """The metrics of docs/metrics.md that were logged, then one for each other metric."""
         from socratiq.report.charts import draw
 
-        rows = [metric for metric in read_table() if self.stage in metric.stages]
+        rows = [metric for metric in read_metrics() if self.stage in metric.stages]
         known = {name for row in rows for pattern in row.names for name in fnmatch.filter(self.series, pattern)}
         rows += [Metric([name], [], name) for name in self.series if name not in known | {"step"}]
         charts = []
