@@ -13,7 +13,7 @@ For every question of the data:
     (d) verify      well formed, and strength for the chosen type <= --rejected-max: `rejected` it is; otherwise the
                     writer is asked again, the earlier attempts shown, up to --max-attempts times
     (e) mirror      a rejected question that is surely of some other type is also the `chosen` one of a pair for that
-                    type, and the person's question its `rejected` (--no-mirror leaves these pairs out)
+                    type, and the person's question its `rejected`
 
 (c) and (d) go in rounds: all open rows are asked for, then all answers are verified in the order of the data. Each
 answer is on the disk before it is used (FILE.answers.jsonl), so that the same command after a kill asks only for what
@@ -36,14 +36,13 @@ no text in common.
 
 import argparse
 import json
-import os
-import zlib
 from collections import Counter
 from pathlib import Path
 
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.pairs.answers import Answer, AnswerLog, Request, ask_all, digest
 from socratiq.pairs.checks import Job, flaw
+from socratiq.pairs.human import human_pairs
 from socratiq.prompts import build_prompt
 from socratiq.run import options as cli
 from socratiq.run.errors import UserError, main, warn
@@ -51,8 +50,6 @@ from socratiq.run.files import atomic_write, remove, to_json
 from socratiq.run.folder import fingerprint
 from socratiq.scorer.gates import GATES
 from socratiq.taxonomy import OTHERS
-
-AT_ONCE = 1024  # rows: a round goes in parts, so that not all texts are in memory twice
 
 
 def parse_arguments(argv: list[str] | None = None):
@@ -76,8 +73,6 @@ def parse_arguments(argv: list[str] | None = None):
     add("--chosen-min", type=strength, default=0.4, help="lowest strength of a chosen question")
     add("--rejected-max", type=strength, default=0.1, help="highest strength of a rejected question")
     add("--max-attempts", type=cli.count, default=4, help="questions asked for per row, then it is dropped")
-    mirror = "also add mirrored pairs: roles swapped, under the other type (default: --mirror)"
-    add("--mirror", action=argparse.BooleanOptionalAction, default=True, help=mirror)
 
     add = parser.add_argument_group("who writes the rejected questions: the SFT model, or a server").add_argument
     add("--writer", choices=["local", "openai"], help="default: local, unless --api-model or --base-url is given")
@@ -87,8 +82,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at the same time")
     add("--max-requests", type=cli.zero_or_more, metavar="N", help="stop after N requests, earlier runs included")
     add("--max-usd", type=cli.not_negative, metavar="USD", help="stop at this cost of all runs, plus what is under way")
-    add("--usd-per-mtok-in", type=cli.not_negative, default=0, metavar="USD", help="price of a million prompt tokens")
-    add("--usd-per-mtok-out", type=cli.not_negative, default=0, metavar="USD", help="price of a million answer tokens")
+    prices = "US dollars for a million prompt tokens and a million answer tokens"
+    add("--usd-per-mtok", type=cli.not_negative, nargs=2, default=(0, 0), metavar=("IN", "OUT"), help=prices)
     add("--api-max-tokens", type=cli.count, default=200, metavar="N", help="longest answer; reasoning models need more")
     add("--timeout", type=cli.positive, default=120.0, metavar="SECONDS", help="longest silence of the server")
 
@@ -103,16 +98,13 @@ def parse_arguments(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.writer is None and (args.api_model or args.base_url):
         args.writer = "openai"
-    if args.writer == "openai" and not (args.base_url or {"OPENAI_API_KEY", "OPENAI_BASE_URL"} & set(os.environ)):
-        parser.error("--writer openai: set OPENAI_API_KEY, or give --base-url of a server that wants no key")
-    args.prices = args.usd_per_mtok_in, args.usd_per_mtok_out
-    if args.max_usd is not None and not all(args.prices):
-        parser.error("--max-usd: give the prices too, --usd-per-mtok-in and --usd-per-mtok-out")
+    if args.max_usd is not None and not all(args.usd_per_mtok):
+        parser.error("--max-usd: give the prices too, --usd-per-mtok IN OUT")
     if args.rejected_max > args.chosen_min:
         parser.error(f"--rejected-max {args.rejected_max}: must not be above --chosen-min {args.chosen_min}")
-    folder, stem = args.out.parent, args.out.stem + ("" if args.shard == (1, 1) else ".{}of{}".format(*args.shard))
-    args.out = folder / f"{stem}{args.out.suffix}"
-    args.answers, args.dropped = folder / f"{stem}.answers.jsonl", folder / f"{stem}.dropped.jsonl"
+    part = "" if args.shard == (1, 1) else ".{}of{}".format(*args.shard)
+    names = [f"{args.out.stem}{part}{end}" for end in (args.out.suffix, ".answers.jsonl", ".dropped.jsonl")]
+    args.out, args.answers, args.dropped = (args.out.parent / name for name in names)
     if args.out.exists() and not args.dropped.exists():
         parser.error(f"--out {args.out}: a folder, or not made here (no {args.dropped.name} beside it); choose another")
     return args
@@ -130,26 +122,7 @@ def picked(keys: list[str], args) -> set[str]:
     """At most --limit of the digests, and of these the shard's: more data or a higher limit moves none."""
     kept = sorted(set(keys))[: args.limit]
     part, parts = args.shard
-    return {key for key in kept if zlib.crc32(key.encode()) % parts == part - 1}
-
-
-def human_pairs(rows: list[Row], most: int) -> list[tuple[Row, Row]]:
-    """(chosen, rejected) by people's verdicts on questions about one text, of one type if they have types.
-
-    Each question is used at most `most` times, and no two of them twice together.
-    """
-    groups: dict[tuple, dict] = {}
-    for row in rows:
-        groups.setdefault((row.context, row.type), {"chosen": [], "rejected": [], "": []})[row.preference].append(row)
-    pairs, used = [], Counter()
-    for group in groups.values():
-        for shift in range(min(most, len(group["rejected"]))):
-            for index, chosen in enumerate(group["chosen"]):
-                rejected = group["rejected"][(index + shift) % len(group["rejected"])]
-                if used[chosen] < most and used[rejected] < most and chosen.question != rejected.question:
-                    used.update([chosen, rejected])
-                    pairs.append((chosen, rejected))
-    return pairs
+    return {key for key in kept if int(key, 16) % parts == part - 1}
 
 
 def open_scorer(args, rows: list[Row], held_out: set[str]):
@@ -208,28 +181,26 @@ def verify(answered: list[tuple[Job, Answer]], scorer, rejected_max: float) -> N
         job.rejected = "" if low else job.attempts[-1]["question"]
 
 
-def pair(row: Row, type_: str, chosen: str, rejected: str, held_out: set[str], writer: str) -> dict:
+def pair(row: Row, type_: str, chosen: str, rejected: str, split: str, writer: str, **scores) -> dict:
     """A line of --out: the three columns that every DPO trainer reads, then where they come from."""
-    split = "held_out" if row.context in held_out else "train"
     line = {"prompt": build_prompt(row.context, type_), "chosen": chosen, "rejected": rejected, "type": type_}
-    return line | {"context": row.context, "split": split, "source": row.source, "writer": writer}
+    return line | {"context": row.context, "split": split, "source": row.source, "writer": writer, **scores}
 
 
-def pairs_of(job: Job, strengths: dict[str, float], held_out: set[str], writer: str, args) -> list[dict]:
+def pairs_of(job: Job, strengths: dict[str, float], split: str, writer: str, args) -> list[dict]:
     """The pair of a job, and (e) its mirrored pair if the rejected question, of these strengths, allows for one.
 
     The same thresholds hold, and no question is rejected for the type that a person labelled it with.
     """
-    first = pair(job.row, job.type, job.row.question, job.rejected, held_out, writer)
-    first |= {"chosen_score": round(job.chosen_score, 4), "rejected_score": job.attempts[-1]["score"]}
+    scores = {"chosen_score": round(job.chosen_score, 4), "rejected_score": job.attempts[-1]["score"]}
+    pairs = [pair(job.row, job.type, job.row.question, job.rejected, split, writer, **scores)]
     other = max(strengths, key=strengths.get)
     own, highest = job.types.get(other, (1.0, 1.0))
-    alike = other in (job.type, job.row.type) or strengths[other] < args.chosen_min or highest > args.rejected_max
-    if alike or not args.mirror:
-        return [first]
-    second = pair(job.row, other, job.rejected, job.row.question, held_out, writer)
-    second |= {"chosen_score": round(strengths[other], 4), "rejected_score": round(own, 4), "mirrored": True}
-    return [first, second]
+    sure = strengths[other] >= args.chosen_min and highest <= args.rejected_max
+    if sure and other not in (job.type, job.row.type):
+        scores = {"chosen_score": round(strengths[other], 4), "rejected_score": round(own, 4), "mirrored": True}
+        pairs.append(pair(job.row, other, job.rejected, job.row.question, split, writer, **scores))
+    return pairs
 
 
 def save(args, pairs: list[dict], dropped: list[dict], rows: int) -> None:
@@ -251,10 +222,10 @@ def show_plan(requests: list[Request], args) -> None:
     """--dry-run: the first two requests, word for word, and what the first round takes."""
     for request in requests[:2]:
         print(json.dumps(request.body, ensure_ascii=False, indent=1).replace("\\n", "\n"))
-    tokens = sum(len(to_json(request.body)) // 4 for request in requests), 30 * len(requests)
-    usd = (tokens[0] * args.prices[0] + tokens[1] * args.prices[1]) / 1e6
+    sent, answered = sum(len(to_json(request.body)) // 4 for request in requests), 30 * len(requests)
+    usd = (sent * args.usd_per_mtok[0] + answered * args.usd_per_mtok[1]) / 1e6
     print(f"first of at most {args.max_attempts} rounds: {len(requests)} requests, less those answered before;")
-    print(f"about {tokens[0]:,} prompt tokens, {tokens[1]:,} answer tokens, {usd:.4f} USD")
+    print(f"about {sent:,} prompt tokens, {answered:,} answer tokens, {usd:.4f} USD")
 
 
 def open_writer(args):
@@ -263,8 +234,7 @@ def open_writer(args):
 
     if args.writer == "openai":
         options = {"concurrency": args.concurrency, "max_tokens": args.api_max_tokens, "timeout": args.timeout}
-        model = args.api_model or "gpt-4o-mini"
-        return OpenAIWriter(model, args.base_url, os.environ.get("OPENAI_API_KEY"), **options)
+        return OpenAIWriter(args.api_model or "gpt-4o-mini", args.base_url, **options)
     from socratiq.models import load_policy, load_tokenizer
 
     try:
@@ -280,11 +250,12 @@ def run() -> None:
     args = parse_arguments()
     rows = load_rows(args.data, args.types)
     held_out = {row.context for row in split_by_context(rows, args.held_out, args.seed)[1]}
+    split = {row.context: "held_out" if row.context in held_out else "train" for row in rows}
 
     if args.writer is None and any(row.preference for row in rows):
         print("writer: none; people said which questions they prefer", flush=True)
         found = human_pairs(rows, args.max_per_question)
-        pairs = [pair(a, a.type, a.question, b.question, held_out, "human") for a, b in found]
+        pairs = [pair(a, a.type, a.question, b.question, split[a.context], "human") for a, b in found]
         kept = picked([digest(line) for line in pairs], args)
         used = {row for both in found for row in both}
         left = [{"reason": "no partner (--max-per-question)", **row._asdict()} for row in rows if row not in used]
@@ -306,25 +277,24 @@ def run() -> None:
         return show_plan([Request(job.key, 1, writer.body(job)) for job in jobs if not job.dropped], args)
 
     # (c) Write and (d) verify, in rounds.
-    log = AnswerLog(args.answers, writer.model, writer.max_tokens, args.max_requests, args.max_usd, args.prices)
+    log = AnswerLog(args.answers, writer.model, writer.max_tokens, args.max_requests, args.max_usd, args.usd_per_mtok)
     before = log.requests
     for number in range(1, args.max_attempts + 1):
         waiting = [job for job in jobs if not (job.rejected or job.dropped)]
-        for start in range(0, len(waiting), AT_ONCE):
-            some = waiting[start : start + AT_ONCE]
-            requests = [Request(job.key, number, writer.body(job)) for job in some]
-            unanswered = ask_all(writer, requests, log, f"round {number}, from {start} of {len(waiting)}")
-            for job in some:
-                job.dropped = unanswered.get(job.key, "")
-            both = zip(some, requests, strict=True)
-            verify([(job, log.get(request)) for job, request in both if not job.dropped], scorer, args.rejected_max)
+        requests = [Request(job.key, number, writer.body(job)) for job in waiting]
+        unanswered = ask_all(writer, requests, log, f"round {number}")
+        for job in waiting:
+            job.dropped = unanswered.get(job.key, "")
+        both = zip(waiting, requests, strict=True)
+        verify([(job, log.get(request)) for job, request in both if not job.dropped], scorer, args.rejected_max)
 
     # (e) Mirror, and save.
     kept = [job for job in jobs if job.rejected]
     found = scorer.strengths([job.row.context for job in kept], [job.rejected for job in kept]).tolist()
     pairs = []
     for job, strengths in zip(kept, found, strict=True):
-        pairs += pairs_of(job, dict(zip(scorer.types, strengths, strict=True)), held_out, writer.name, args)
+        strengths = dict(zip(scorer.types, strengths, strict=True))
+        pairs += pairs_of(job, strengths, split[job.row.context], writer.name, args)
     dropped = [job.without_pair() for job in jobs if not job.rejected]
     used = f"{log.prompt_tokens:,} prompt and {log.completion_tokens:,} answer tokens, {log.usd:.4f} USD"
     print(f"{writer.name}: {log.requests - before} requests now, {log.requests} in all, {used}")

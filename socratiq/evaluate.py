@@ -28,7 +28,9 @@ MADE_BY = {"sft": "train_sft.py", "dpo": "train_dpo.py", "ppo": "train_ppo.py", 
 
 
 def parse_arguments(argv: list[str] | None = None):
-    parser = options.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
+    said = "The figures. " + "; ".join(f"{figure.title}: {figure.meaning}" for figure in FIGURES.values())
+    about = {"description": "Compare the stages on held-out texts.", "epilog": said}
+    parser = options.Parser(prog="python -m socratiq.evaluate", **about)
     parser.add_argument("runs", nargs="?", default="runs", help="folder that holds sft, dpo, ppo, scorer")
     parser.add_argument(
         "--out", metavar="FILE", help="default: evaluation.json in that folder; grades are kept beside it"
@@ -178,8 +180,8 @@ def run(argv: list[str] | None = None) -> None:
         "stages": stages,
     }
     atomic_write(args.out, json.dumps(result, ensure_ascii=False, indent=1) + "\n")
-    print(f"\n{tables(result)}\n\n{samples(result)}")
-    print(f"\nAll questions are in {args.out}. Next: python -m socratiq.report {args.runs}")
+    print(f"\n{samples(result)}\n\nAll questions are in {args.out}. Next: python -m socratiq.report {args.runs}")
+    print(f"\n{tables(result)}")
 
 
 if __name__ == "__main__":

@@ -300,17 +300,11 @@ ARGUMENTS = [  # before anything slow is imported
     (["make_pairs", "--chosen-min", "2"], "argument --chosen-min: must be at most 1, not 2 (see make_pairs.py --help)"),
     (["make_pairs", "--rejected-max", "0.9"], "--rejected-max 0.9: must not be above --chosen-min ..."),
     (["make_pairs", "--shard", "5/4"], "argument --shard: '5/4' is not like 1/4, the first of four parts (...)"),
-    (
-        ["make_pairs", "--max-usd", "1"],
-        "--max-usd: give the prices too, --usd-per-mtok-in and --usd-per-mtok-out (...)",
-    ),
-    (
-        ["make_pairs", "--writer", "openai"],
-        "--writer openai: set OPENAI_API_KEY, or give --base-url of a server that wants no key (...)",
-    ),
+    (["make_pairs", "--max-usd", "1"], "--max-usd: give the prices too, --usd-per-mtok IN OUT (...)"),
 ]
 MODELS = "name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
 RUNS = [
+    (["make_pairs", "--writer", "openai"], "set OPENAI_API_KEY, or give --base-url of a server that wants no key"),
     # ---- data
     ([*SFT, "--data", "gone.csv"], f"gone.csv: {HOW}"),
     ([*SFT, "--data", "others.jsonl"], "others.jsonl: no rows to learn from; every row is labelled 'others'"),

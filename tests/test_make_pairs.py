@@ -16,6 +16,7 @@ import make_pairs
 from socratiq.data import Row
 from socratiq.pairs.answers import Answer, digest
 from socratiq.pairs.checks import Job
+from socratiq.pairs.human import human_pairs
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-test-0123456789abcdef"
@@ -108,14 +109,13 @@ def test_pairs_that_can_be_mirrored():
         job = clarity(label=label)
         job.types, job.rejected = strengths(*own, highest=highest), GOOD
         job.attempts = [{"question": GOOD, "score": 0.1, "flaw": "", "type": "Fear appeal"}]
-        return make_pairs.pairs_of(job, dict(zip(TYPES, found, strict=True)), set(), "local", arguments(*given))
+        return make_pairs.pairs_of(job, dict(zip(TYPES, found, strict=True)), "train", "local", arguments(*given))
 
     plain, turned = pairs()
     assert "in the format Analogy" in turned["prompt"] and turned["type"] == "Analogy" and turned["mirrored"]
     assert "in the format Clarity" in plain["prompt"] and (plain["chosen_score"], plain["rejected_score"]) == (0.9, 0.1)
     assert (turned["chosen"], turned["chosen_score"]) == (GOOD, 0.8) and plain["rejected"] == GOOD
     assert (turned["rejected"], turned["rejected_score"]) == (plain["chosen"], 0.05)
-    assert pairs("--no-mirror") == [plain]
     assert pairs(found=(0.39, 0.1, 0.1)) == [plain], "the rejected question is not surely of another type"
     assert pairs(found=(0.1, 0.8, 0.1)) == [plain], "it is of the chosen question's"
     assert len(pairs(own=(0.3, 0.9, 0.1))) == 1, "the chosen question is of that type too"
@@ -163,14 +163,14 @@ def test_human_pairs():
         return [Row(context, f"{side}{n}?", kind, f"{context}{kind}{side}{n}", side) for side, n in said]
 
     def found(data, most=1):
-        return [(good.question[6:-1], bad.question[8:-1]) for good, bad in make_pairs.human_pairs(data, most)]
+        return [(good.question[6:-1], bad.question[8:-1]) for good, bad in human_pairs(data, most)]
 
     assert found(rows("a", "", 3, 2)) == [("0", "0"), ("1", "1")]
     assert found(rows("a", "", 2, 3), most=2) == [("0", "0"), ("1", "1"), ("0", "1"), ("1", "2")]
     assert len(found(rows("a", "", 3, 1), most=9)) == 3, "no two questions twice together"
     assert found(rows("a", "", 1, 0) + rows("b", "", 0, 1) + rows("b", "Clarity", 1, 0)) == []
     both = [Row("a", "Why?", "", "1", "chosen"), Row("a", "Why?", "", "2", "rejected")]
-    assert make_pairs.human_pairs(both, 1) == [], "people disagreed"
+    assert human_pairs(both, 1) == [], "people disagreed"
 
 
 def test_human_verdicts_need_no_writer_no_scorer_and_no_model(tmp_path):
@@ -262,7 +262,7 @@ def reference(scripts, rows_file, tmp_path_factory):
     """An uninterrupted run, one request at a time -> outputs, standard output, the requests of the server."""
     folder = tmp_path_factory.mktemp("reference")
     with FaultServer(answer=sometimes_bad) as server:
-        prices = ["--usd-per-mtok-in", "1", "--usd-per-mtok-out", "2"]
+        prices = ["--usd-per-mtok", "1", "2"]
         common = ["--data", rows_file, "--scorer", rows_file.parent / "scorer", "--scorer-model", "none"]
         status, said, complained = scripts.run(
             ["make_pairs.py", *common, *api(server, "--concurrency", "1", *prices)],
@@ -417,7 +417,7 @@ def test_shards_make_up_the_whole(reference, run, tmp_path):
 
 def test_dry_run_asks_nothing_and_writes_nothing(run, tmp_path):
     with FaultServer() as server:
-        prices = ["--usd-per-mtok-in", "0.15", "--usd-per-mtok-out", "0.6"]
+        prices = ["--usd-per-mtok", "0.15", "0.6"]
         status, said, complained = run(*api(server, "--dry-run", *prices, "--scorer", "scorer"))
         assert status == 0, complained
         assert server.requests == [] and list(tmp_path.iterdir()) == []
@@ -467,7 +467,7 @@ def test_a_run_without_pairs_removes_those_of_an_earlier_one(reference, run, tmp
         (["--concurrency", "-1"], "--concurrency"),
         (["--shard", "x"], "--shard"),
         (["--timeout", "nan"], "--timeout"),
-        (["--usd-per-mtok-in", "-1"], "--usd-per-mtok-in"),
+        (["--usd-per-mtok", "-1", "1"], "--usd-per-mtok"),
         (["--held-out", "1"], "--held-out"),
         (["--no-such-thing"], "--no-such-thing"),
     ],

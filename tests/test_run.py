@@ -20,7 +20,7 @@ from socratiq.losses import sft_loss
 from socratiq.policy import token_logprobs
 from socratiq.run import errors
 from socratiq.run.errors import UserError
-from socratiq.run.files import append_jsonl, atomic_write, read_jsonl, replacing
+from socratiq.run.files import atomic_write, replacing
 from socratiq.run.folder import INPUTS, Run, fingerprint
 
 
@@ -247,20 +247,6 @@ def test_a_file_is_the_old_or_the_new_one(tmp_path):
         temporary.mkdir()
         (temporary / "b").touch()
     assert [file.name for file in path.iterdir()] == ["b"]
-
-
-def test_a_line_that_a_kill_cut_off_is_removed_and_a_broken_one_is_named(tmp_path):
-    path = tmp_path / "log.jsonl"
-    append_jsonl(path, {"a": "caf\u00e9"})
-    append_jsonl(path, {"b": 2})
-    complete = path.read_bytes()
-    path.write_bytes(complete + b'{"c"')
-    assert read_jsonl(path) == [{"a": "caf\u00e9"}, {"b": 2}] and path.read_bytes() == complete
-    for line, says in ((b"[1]", "line 3: no JSON object .'list'"), (b"{", "line 3: no JSON object .Expecting")):
-        path.write_bytes(complete + line + b"\n")
-        with pytest.raises(UserError, match=says):
-            read_jsonl(path)
-    assert read_jsonl(tmp_path / "missing.jsonl") == []
 
 
 # --- one line at the end

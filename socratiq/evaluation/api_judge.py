@@ -5,7 +5,6 @@ stages share is paid for once.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -52,10 +51,7 @@ def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], args) ->
 
     The answers stay beside --out, in NAME.grades.jsonl. Raises UserError when asking is useless: no key, wrong model.
     """
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key or args.base_url or os.environ.get("OPENAI_BASE_URL")):
-        raise UserError("--judge-api: set OPENAI_API_KEY, or give --base-url of a server that wants no key")
-    writer = OpenAIWriter(args.judge_api, args.base_url, key, max_tokens=MAX_TOKENS)
+    writer = OpenAIWriter(args.judge_api, args.base_url, max_tokens=MAX_TOKENS)
     log = AnswerLog(Path(args.out).with_suffix(".grades.jsonl"), args.judge_api, max_requests=args.max_requests)
     requests = {}  # the request of each record, one for equal ones
     for records in records_by_stage.values():

@@ -39,46 +39,41 @@ FIGURES = {
     "api/quality": Figure("quality, API", 1, False, "1 to 5 by an API model: is it clear, fluent and critical?"),
 }
 CHIEF = "judge/accuracy"
-TABLES = (  # names of the figures side by side; the table with the words shows no intervals
-    ("judge/accuracy", "scorer/accuracy", "scorer/reward", "well_formed"),
-    ("eos", "words", "relatedness", "distinct_2", "duplicates", "base_perplexity"),
+TABLES = (  # names of the figures side by side, the chief ones last; the table with the words shows no intervals
     ("api/type", "api/relevance", "api/quality"),
+    ("eos", "words", "relatedness", "distinct_2", "duplicates", "base_perplexity"),
+    ("judge/accuracy", "scorer/accuracy", "scorer/reward", "well_formed"),
 )
 
 
 def tables(result: dict) -> str:
-    """A row for each stage: the main figures, how the questions read; then right type by type, changes and a legend."""
+    """Right type by type, what each stage changed, how the questions read, and last the chief figures by stage."""
     stages = {stage: result["stages"][stage] for stage in NAMES if stage in result["stages"]}
-    blocks, legend = [], {}
-    for names in TABLES:
-        names = [name for name in names if any(name in found["figures"] for found in stages.values())]
-        legend |= {FIGURES[name].title: [FIGURES[name].meaning] for name in names}
-        rows = {"": [FIGURES[name].title for name in names]}
-        if CHIEF in names:
-            rows["chance"] = [f"{1 / len(result['types']):.0%}" * name.endswith("accuracy") for name in names]
-        for stage, found in stages.items():
-            rows[NAMES[stage]] = [shown(found["figures"].get(name), name, "words" not in names) for name in names]
-        blocks += [aligned(rows)] if names else []
     rows = {"right type, judge": [NAMES[stage] for stage in stages]}
     for kind in result["types"]:
         rows[kind] = [shown(found["by_type"].get(kind, {}).get(CHIEF), CHIEF, False) for found in stages.values()]
-    rows[""] = []
+    changes = []
     for step, differences in result["steps"].items():
         change = differences[CHIEF]
         certain = "low" in change and not change["low"] <= 0 <= change["high"]
         changed = shown(change, CHIEF).replace("%", " points")
-        rows[f"{step} changes it by {changed}" + ", may be chance" * (not certain)] = []
-    legend["[ ]"] = ["95% interval over texts: how far other texts like these may lie; too narrow under ten texts"]
-    legend["people"] = ["what people asked about these texts; chance: a type named at random"]
-    return "\n\n".join([*blocks, aligned(rows).rstrip(), aligned(legend)])
+        changes.append(f"{step} changes it by {changed}" + ", may be chance" * (not certain))
+    changes.append(f"[ ]: 95% interval over texts; right type by chance: {1 / len(result['types']):.0%}; more: --help")
+    blocks = [aligned(rows), "\n".join(changes)]
+    for names in TABLES:
+        names = [name for name in names if any(name in found["figures"] for found in stages.values())]
+        rows = {"": [FIGURES[name].title for name in names]}
+        for stage, found in stages.items():
+            rows[NAMES[stage]] = [shown(found["figures"].get(name), name, "words" not in names) for name in names]
+        blocks += [aligned(rows)] if names else []
+    return "\n\n".join(blocks)
 
 
 def aligned(rows: dict[str, list[str]]) -> str:
-    """Cells under each other, two spaces apart, the first column being the keys. A row without cells is a line."""
+    """Cells under each other, two spaces apart, the first column being the keys."""
     lines = [[title, *cells] for title, cells in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*(line for line in lines if len(line) > 1), strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def shown(entry: dict | None, name: str, span: bool = True) -> str:

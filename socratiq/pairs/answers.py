@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from socratiq.run.errors import Stopped, UserError, bar, say
-from socratiq.run.files import lock, read_jsonl, to_json
+from socratiq.run.files import lock, to_json
 
 GIVE_UP_AFTER = 5  # failures, one after the other, before the server is believed to be down
 KEY = ("row", "model", "prompt", "attempt")
@@ -57,24 +57,23 @@ class AnswerLog:
         self.answers: dict[tuple, Answer] = {}
         self.changing = threading.Lock()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "ab")  # noqa: SIM115  (open for the whole run: the lock lives with it)
-        self._lock()
-        lines = read_jsonl(self.path)
-        self._lock()  # again: closing the file after reading it has given the lock up
-        for number, line in enumerate(lines, 1):
+        self.file = open(self.path, "a+b")  # noqa: SIM115  (open for the whole run: the lock lives with it)
+        if not lock(self.file):
+            raise UserError(f"{self.path}: another process writes there; wait for it or choose another --out")
+        self.file.seek(0)
+        *lines, rest = self.file.read().split(b"\n")
+        self.file.truncate(self.file.tell() - len(rest))
+        for number, text in enumerate(lines, 1):
             try:
+                line = json.loads(text)
                 key, answer = tuple(line[name] for name in KEY), Answer(*(line[name] for name in Answer._fields))
-            except KeyError as name:
-                raise UserError(f"{self.path} line {number}: no field {name}; remove the line") from None
+            except (ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{self.path} line {number}: no answer ({error!r}); remove the line") from None
             if line["model"] == model:
                 self.requests += 1
                 self._keep(key, answer)
             if answer.finish == "length" and 0 < answer.completion_tokens < max_tokens:
                 self.answers.pop(key, None)
-
-    def _lock(self) -> None:
-        if not lock(self.file):
-            raise UserError(f"{self.path}: another process writes there; wait for it or choose another --out")
 
     def _key(self, request: Request) -> tuple:
         return request.row, self.model, digest(request.body), request.attempt

@@ -6,7 +6,6 @@ make_pairs.py runs the loop, writers.py carries the requests. No torch, no HTTP.
 import re
 import unicodedata
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from socratiq.data import Row
 from socratiq.pairs.answers import Answer, digest
@@ -32,19 +31,11 @@ class Job:
     rejected: str = ""
     dropped: str = ""
 
-    @cached_property
-    def key(self) -> str:
-        """Digest of text and question: the answers of a row are found again when other rows come or go."""
-        return digest([self.row.context, self.row.question])
-
-    @cached_property
-    def type(self) -> str:
-        """The recognised type, the strongest."""
-        return max(self.types, key=lambda name: self.types[name][0])
-
-    @property
-    def chosen_score(self) -> float:
-        return self.types[self.type][0]
+    def __post_init__(self):
+        # A digest of text and question: the answers of a row are found again when other rows come or go.
+        self.key = digest([self.row.context, self.row.question])
+        self.type = max(self.types, key=lambda name: self.types[name][0])  # the recognised type, the strongest
+        self.chosen_score = self.types[self.type][0]
 
     def without_pair(self) -> dict:
         """Why this row gave no pair, and all that was tried: a line of FILE.dropped.jsonl."""

@@ -6,6 +6,7 @@ name in the log of answers), `.name` (in the pairs), `.slots` (calls of `.answer
 """
 
 import json
+import os
 import re
 
 import openai
@@ -24,7 +25,6 @@ HOPELESS = {
     404: "there is no model {model!r} (--api-model), or --base-url is wrong",
 }
 USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
-FILTERED = {"content_filter", "content_policy_violation"}
 TEMPERATURE = 0.5  # of the local writer
 LIMITS = ["max_tokens", "max_completion_tokens"]  # newer models of OpenAI know only the second, most servers the first
 
@@ -36,17 +36,21 @@ class OpenAIWriter:
     `max_retries` times, obeys Retry-After up to two minutes, and gives up after `timeout` seconds of silence. Redirects
     are not followed: a POST with a key and somebody's text goes where the user said and nowhere else.
 
-    `base_url` None means the environment's OPENAI_BASE_URL, else OpenAI's own address. `key` may be None for a server
-    that wants none. The temperature is left to the server, for some models refuse any but their own. `client` goes to
-    the openai package: timeout in seconds, max_retries. Raises UserError where going on is useless (wrong key,
-    unknown model, used-up quota, a redirect), and NoAnswer where this request got none.
+    `base_url` None means the environment's OPENAI_BASE_URL, else OpenAI's own address; the key is the environment's
+    OPENAI_API_KEY, which a server at another address may do without. The temperature is left to the server, for some
+    models refuse any but their own. `client` goes to the openai package: timeout in seconds, max_retries. Raises
+    UserError where going on is useless (no key, wrong key, unknown model, used-up quota, a redirect), and NoAnswer
+    where this request got none.
     """
 
     group = 1
 
-    def __init__(self, model: str, base_url=None, key=None, concurrency=8, max_tokens=200, **client):
-        self.model, self.name, self.slots, self.key = model, f"openai:{model}", concurrency, (key or "").strip()
+    def __init__(self, model: str, base_url=None, concurrency=8, max_tokens=200, **client):
+        self.model, self.name, self.slots = model, f"openai:{model}", concurrency
         self.limits, self.max_tokens = LIMITS, max_tokens
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key or base_url or os.environ.get("OPENAI_BASE_URL")):
+            raise UserError("set OPENAI_API_KEY, or give --base-url of a server that wants no key")
         if self.key and not re.fullmatch("[!-~]+", self.key):  # the HTTP library's error would print the key
             raise UserError("OPENAI_API_KEY holds spaces, line breaks or letters beyond ASCII; set it to the key alone")
         http = openai.DefaultHttpxClient(follow_redirects=False, event_hooks={"response": [judge_body]})
@@ -67,10 +71,7 @@ class OpenAIWriter:
         try:
             return [self._ask(request.body) for request in requests]
         except openai.APIStatusError as error:
-            names = {str(error.code), str(error.type)}
-            if names & FILTERED:
-                return [Answer("", "content_filter")]
-            raise self._judge(error.response, 402 if names & USED_UP else error.status_code, error) from None
+            raise self._judge(error) from None
         except openai.APITimeoutError:
             raise NoAnswer("the server took too long (--timeout)") from None
         except openai.OpenAIError as error:
@@ -89,15 +90,15 @@ class OpenAIWriter:
             self.limits = [other, name]
         return read_completion(response.http_response.json(), len(json.dumps(body)))
 
-    def _judge(self, response, status: int, error) -> Exception:
+    def _judge(self, error: openai.APIStatusError) -> Exception:
         """The exception to raise for a status that means "no"; the one from openai would show the key."""
+        status = error.status_code
         words = error.body.get("message") if isinstance(error.body, dict) else None
-        said = self.scrub(words or response.text)
+        said = self.scrub(words or error.response.text)
         if status in HOPELESS:
-            hint = HOPELESS[status].format(model=self.model)
-            return UserError(f"{self.address} answered {error.status_code}: {hint} ({said})")
+            return UserError(f"{self.address}: {HOPELESS[status].format(model=self.model)} ({said})")
         if status < 400:
-            target = self.scrub(response.headers.get("location")).split("?")[0]
+            target = self.scrub(error.response.headers.get("location")).split("?")[0]
             return UserError(f"{self.address} redirects to {target}, which was not followed; give it as --base-url")
         if status == NO_COMPLETION:
             return NoAnswer(f"not a completion: {said}")
@@ -115,7 +116,7 @@ def judge_body(response) -> None:
     """Make an error in disguise a plain one before the openai package looks at it, so that it retries what it should.
 
     A status 200 whose body is no completion gets the code of the error in it, or one that is tried again. A used-up
-    quota comes with status 429, and waiting does not help.
+    quota comes with status 429, as if waiting helped, and gets 402.
     """
     response.read()
     try:
@@ -128,7 +129,7 @@ def judge_body(response) -> None:
     if response.status_code == 200 and "choices" not in body:
         response.status_code = int(code) if re.fullmatch("[45][0-9][0-9]", code) else NO_COMPLETION
     if {code, error.get("type")} & USED_UP:
-        response.headers["x-should-retry"] = "false"
+        response.status_code = 402
 
 
 def read_completion(body: dict, size: int) -> Answer:

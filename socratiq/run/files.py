@@ -12,8 +12,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from socratiq.run.errors import UserError
-
 
 def atomic_write(path: str | Path, data: str | bytes) -> None:
     """Write `data` beside `path`, sync it to the disk and rename it into place."""
@@ -78,23 +76,3 @@ def append_jsonl(path: str | Path, value) -> None:
     """Append one object as a line."""
     with open(path, "ab") as file:
         file.write(f"{to_json(value)}\n".encode())
-
-
-def read_jsonl(path: str | Path) -> list[dict]:
-    """All objects of a JSON-lines file; a missing file holds none.
-
-    A last line that a kill cut off is removed from the file. Any other line that is not a JSON object raises UserError
-    with its line number.
-    """
-    path = Path(path)
-    content = path.read_bytes() if path.exists() else b""
-    complete = content.rfind(b"\n") + 1  # a line is complete when its newline is there
-    if complete < len(content):
-        os.truncate(path, complete)
-    rows = []
-    for number, line in enumerate(content[:complete].splitlines(), 1):
-        try:
-            rows.append({**json.loads(line)})
-        except (ValueError, TypeError) as error:
-            raise UserError(f"{path} line {number}: no JSON object ({error}); correct or remove the line") from None
-    return rows
