@@ -3,7 +3,7 @@
     python tests/mutants.py              all mutants, one line each, then the survivors
     python tests/mutants.py gae whiten   those of two functions only
 
-A mutant is a pair of texts, old -> new: a sign flipped, a mask dropped, an index shifted, min and max swapped,
+A mutant is one text replaced by another: a sign flipped, a mask dropped, an index shifted, min and max swapped,
 something detached or no longer detached, a sum in place of a mean. It is killed if a test fails. Exit status 1 if fewer
 than 95% are killed, or if a text is no longer found (then losses.py has changed, and this list must follow).
 
@@ -16,7 +16,6 @@ import ast
 import inspect
 import multiprocessing
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -26,310 +25,243 @@ os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each c
 TESTS = Path(__file__).parent
 LOSSES = TESTS.parent / "socratiq" / "losses.py"
 REQUIRED = 0.95
-TIME_LIMIT = 120  # seconds; the tests take five
 
-# Grouped by function. The text must occur exactly once *within that function*.
+# function: {text: what takes its place, one mutant each}. A text must occur exactly once *within its function*.
 MUTANTS = {
-    "masked_mean": [
-        ("_masked(x, mask).sum() /", "x.sum() /"),
-        ("_masked(x, mask).sum() /", "(x * mask).sum() /"),
-        ("_masked(x, mask).sum() /", "_masked(x, mask).mean() /"),
-        ("_masked(x, mask).sum() /", "-_masked(x, mask).sum() /"),
-        ("_masked(x, mask).sum() /", "_masked(x, mask).detach().sum() /"),
-        ("mask.sum() if", "mask.numel() if"),
-        ("mask.sum() if", "mask.sum(-1) if"),
-        ("mask.sum() if", "(mask.sum() - 1) if"),
-        ("mask.sum() if total is None else total", "mask.sum()"),
-        (".masked_fill(total == 0, 1)", ""),
-        (".masked_fill(total == 0, 1)", ".clamp(min=1)"),
-        ("torch.broadcast_tensors(_wide(x), mask.bool())", "_wide(x), mask.bool()"),
-        (".to(x.dtype)", ".long()"),
-    ],
-    "masked_var": [
-        ("(mask.sum() - 1)", "mask.sum()"),
-        ("(mask.sum() - 1)", "(mask.sum() - 2)"),
-        ("(mask.sum() - 1)", "(mask.numel() - 1)"),
-        (".clamp(min=1)", ""),
-        ("x - masked_mean(x, mask)", "x"),
-        ("x - masked_mean(x, mask)", "x + masked_mean(x, mask)"),
-        ("x - masked_mean(x, mask)", "x - x.mean()"),
-        ("_masked(x - masked_mean(x, mask), mask)", "x - masked_mean(x, mask)"),
-        (".square()", ".abs()"),
-        ("deviation.square()", "deviation.detach().square()"),
-        ("torch.broadcast_tensors(_wide(x), mask.bool())", "_wide(x), mask.bool()"),
-    ],
-    "whiten": [
-        ("x = _masked(x, mask)\n", "x = _wide(x)\n"),
-        ("(x - mean)", "(x + mean)"),
-        ("(x - mean)", "(mean - x)"),
-        ("torch.rsqrt(var", "torch.sqrt(var"),
-        ("torch.rsqrt(var + 1e-8)", "1 / (torch.sqrt(var) + 1e-8)"),
-        ("1e-8", "1e-6"),
-        ("white if shift_mean else white + mean", "white + mean if shift_mean else white"),
-        ("white + mean", "white - mean"),
-        ("white + mean", "white"),
-        ("_masked(white if shift_mean else white + mean, mask)", "white if shift_mean else white + mean"),
-        ("masked_var(x, mask)", "masked_var(x, mask).detach()"),
-        ("masked_mean(x, mask)", "masked_mean(x, mask).detach()"),
-    ],
-    "_masked": [
-        ("mask.bool(), _wide(x), 0.0", "mask.bool(), 0.0, _wide(x)"),
-        ("mask.bool(), _wide(x), 0.0", "mask.bool(), _wide(x), 1.0"),
-        ("torch.where(mask.bool(), _wide(x), 0.0)", "_wide(x) * mask"),
-        ("_wide(x), 0.0", "x, 0.0"),
-    ],
-    "_wide": [
-        ("x if x.dtype in (torch.float32, torch.float64) else x.float()", "x"),
-        ("(torch.float32, torch.float64)", "(torch.float32,)"),
-        ("(torch.float32, torch.float64)", "(torch.float32, torch.float64, torch.bfloat16)"),
-        ("x.float()", "x.double()"),
-    ],
-    "gather_logprobs": [
-        ("chosen - logits.logsumexp(-1)", "chosen + logits.logsumexp(-1)"),
-        ("chosen - logits.logsumexp(-1)", "logits.logsumexp(-1) - chosen"),
-        ("chosen - logits.logsumexp(-1)", "chosen - logits.logsumexp(-1).mean()"),
-        ("chosen - logits.logsumexp(-1)", "chosen - logits.exp().sum(-1).log()"),
-        ("chosen - logits.logsumexp(-1)", "chosen - logits.logsumexp(-2)"),
-        ("chosen - logits.logsumexp(-1)", "chosen - logits.logsumexp(-1).detach()"),
-        ("chosen - logits.logsumexp(-1)", "chosen.detach() - logits.logsumexp(-1)"),
-        ("chosen - logits.logsumexp(-1)", "chosen - logits.amax(-1)"),
-        ("logits = _wide(logits)", "pass"),
-        ("tokens.expand(shape)", "tokens.roll(1, -1).expand(shape)"),
-        ("tokens.expand(shape)", "(tokens - 1).clamp(min=0).expand(shape)"),
-        ("tokens.expand(shape)", "tokens"),
-        ("logits.expand(*shape, -1)", "logits"),
-    ],
-    "sequence_logps": [
-        ("_masked(logprobs, mask).sum(-1)", "logprobs.sum(-1)"),
-        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask).mean(-1)"),
-        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask)[..., :-1].sum(-1)"),
-        ("_masked(logprobs, mask).sum(-1)", "_masked(logprobs, mask).detach().sum(-1)"),
-        ("if average", "if not average"),
-        ("mask.sum(-1).clamp(min=1)", "mask.shape[-1]"),
-        (".clamp(min=1)", ""),
-        ("average=False", "average=True"),
-    ],
-    "entropy": [
-        ("return -(", "return ("),
-        (".sum(-1)  # p", ".mean(-1)  # p"),
-        (".masked_fill(logp == -torch.inf, 0)", ""),
-        ("logp.exp() *", "logp.exp().detach() *"),
-        ("logp.exp() *", "logp *"),
-        ("_wide(logits)", "logits"),
-    ],
-    "sft_loss": [
-        ("-masked_mean(logprobs, mask, total)", "masked_mean(logprobs, mask, total)"),
-        ("-masked_mean(logprobs, mask, total)", "-masked_mean(logprobs, mask)"),
-        ("-masked_mean(logprobs, mask, total)", "-_masked(logprobs, mask).sum()"),
-        ("-masked_mean(logprobs, mask, total)", "-masked_mean(logprobs[..., 1:], mask[..., 1:], total)"),
-        ("-masked_mean(logprobs, mask, total)", "-_wide(logprobs).mean()"),
-        ("-masked_mean(logprobs, mask, total)", "-masked_mean(sequence_logps(logprobs, mask, True), mask.any(-1))"),
-    ],
-    "dpo_loss": [
-        ("_wide(policy_chosen_logps) - ", "_wide(policy_chosen_logps) + "),
-        ("_wide(policy_rejected_logps) - ", "_wide(policy_rejected_logps) + "),
-        ("chosen_logratios - rejected_logratios", "rejected_logratios - chosen_logratios"),
-        ("chosen_logratios - rejected_logratios", "chosen_logratios + rejected_logratios"),
-        ("chosen_logratios - rejected_logratios", "chosen_logratios - rejected_logratios.mean()"),
-        ("chosen_logratios - rejected_logratios", "chosen_logratios - rejected_logratios.detach()"),
-        ("chosen_logratios - rejected_logratios", "chosen_logratios.detach() - rejected_logratios"),
-        ("_wide(ref_chosen_logps).detach()", "_wide(ref_chosen_logps)"),
-        ("_wide(ref_rejected_logps).detach()", "_wide(ref_rejected_logps)"),
-        ("_wide(ref_rejected_logps).detach()", "_wide(ref_chosen_logps).detach()"),
-        ("-(1 - label_smoothing)", "(1 - label_smoothing)"),
-        ("-(1 - label_smoothing)", "-(1 + label_smoothing)"),
-        ("-(1 - label_smoothing)", "-1"),
-        ("- label_smoothing * F.logsigmoid", "+ label_smoothing * F.logsigmoid"),
-        ("F.logsigmoid(-beta * h)", "F.logsigmoid(beta * h)"),
-        ("F.logsigmoid(beta * h)", "F.logsigmoid(-beta * h)"),
-        ("F.logsigmoid(beta * h)", "F.logsigmoid(h)"),
-        ("F.logsigmoid(beta * h)", "(beta * h).sigmoid().log()"),
-        ("h - 1 / (2 * beta)", "h + 1 / (2 * beta)"),
-        ("h - 1 / (2 * beta)", "h - 1 / beta"),
-        (".square()", ".abs()"),
-        ("F.relu(1 - beta * h)", "F.relu(1 + beta * h)"),
-        ("F.relu(1 - beta * h)", "1 - beta * h"),
-        ("F.relu(1 - beta * h)", "F.relu(beta - h)"),
-        ("beta * chosen_logratios.detach()", "beta * chosen_logratios"),
-        ("beta * chosen_logratios.detach()", "chosen_logratios.detach()"),
-        ("beta * chosen_logratios.detach()", "-beta * chosen_logratios.detach()"),
-        ("beta * chosen_logratios.detach()", "beta * rejected_logratios.detach()"),
-        ("beta * rejected_logratios.detach()", "beta * rejected_logratios"),
-        ("beta * rejected_logratios.detach()", "beta * chosen_logratios.detach()"),
-        ("return losses, beta", "return losses.mean(), beta"),
-        ('kind == "sigmoid"', 'kind != "ipo"'),
-    ],
-    "kl_estimate": [
-        ("_wide(logprobs) - _wide(ref_logprobs)", "_wide(ref_logprobs) - _wide(logprobs)"),
-        ("_wide(logprobs) - _wide(ref_logprobs)", "logprobs - ref_logprobs"),
-        ("_wide(logprobs) - _wide(ref_logprobs)", "_wide(logprobs) - _wide(ref_logprobs).detach()"),
-        ("d.square() / 2", "d.square()"),
-        ("d.square() / 2", "d.abs() / 2"),
-        ("torch.expm1(-d) + d", "torch.expm1(d) - d"),
-        ("torch.expm1(-d) + d", "torch.expm1(-d) - d"),
-        ("torch.expm1(-d) + d", "torch.exp(-d) + d"),
-        ("torch.expm1(-d) + d", "torch.exp(-d) - 1 + d"),
-        ("d = _masked(d, mask)", "d = d * mask"),
-        ("d = _masked(d, mask)", "pass"),
-        ('kind="k1"', 'kind="k3"'),
-    ],
-    "AdaptiveKL": [
-        ("min(max(", "max(min("),
-        ("/ self.target - 1", "/ self.target"),
-        ("float(kl) / self.target - 1", "1 - float(kl) / self.target"),
-        ("-0.2), 0.2)", "-0.2), 0.1)"),
-        ("-0.2), 0.2)", "-0.1), 0.2)"),
-        ("1 + error", "1 - error"),
-        ("self.value *=", "self.value ="),
-        ("* float(samples)", ""),
-        ("/ self.horizon", ""),
-    ],
-    "missing_eos_penalty": [
-        (" & mask.bool()", ""),
-        (".any(-1)", ".all(-1)"),
-        (".any(-1)", "[..., -1]"),
-        ("tokens == eos_id", "tokens != eos_id"),
-        ("_wide(scores) - penalty", "_wide(scores) + penalty"),
-        ("_wide(scores), _wide(scores) - penalty", "_wide(scores) - penalty, _wide(scores)"),
-    ],
-    "shape_rewards": [
-        ("-kl_coef * kl", "kl_coef * kl"),
-        ("-kl_coef * kl", "-kl"),
-        ("tokens_left == 1", "tokens_left == 2"),
-        ("tokens_left == 1", "tokens_left == mask.sum(-1, keepdim=True)"),
-        ("mask & (tokens_left == 1)", "tokens_left == 1"),
-        ("mask & (tokens_left == 1)", "mask"),
-        ("mask.flip(-1).cumsum(-1).flip(-1)", "mask.cumsum(-1)"),
-        ('"k1", mask', '"k3", mask'),
-        ('"k1", mask', '"k1"'),
-        ("logprobs, ref_logprobs, \"k1\"", "ref_logprobs, logprobs, \"k1\""),
-        ("+ _masked(scores", "- _masked(scores"),
-        ("_masked(scores.unsqueeze(-1), is_last)", "_wide(scores).unsqueeze(-1) * is_last"),
-        ("@torch.no_grad()\n", ""),
-    ],
-    "gae": [
-        ("+ gamma * next_value", "- gamma * next_value"),
-        ("+ gamma * next_value", "+ next_value"),
-        ("+ gamma * next_value", ""),
-        ("- values[..., t]\n", "+ values[..., t]\n"),
-        ("- values[..., t]\n", "\n"),
-        ("gamma * lam * next_advantage", "lam * next_advantage"),
-        ("gamma * lam * next_advantage", "gamma * next_advantage"),
-        ("delta + gamma", "delta - gamma"),
-        ("delta = rewards[..., t]", "delta = rewards[..., t - 1]"),
-        ("- values[..., t]\n", "- values[..., t - 1]\n"),
-        ("reversed(range(mask.shape[-1]))", "range(mask.shape[-1])"),
-        ("next_advantage = torch.where(mask[..., t], advantages[..., t], next_advantage)", "next_advantage = delta"),
-        (
-            "next_advantage = torch.where(mask[..., t], advantages[..., t], next_advantage)",
-            "next_advantage = advantages[..., t]",
-        ),
-        ("next_value = torch.where(mask[..., t], values[..., t], next_value)", "next_value = values[..., t]"),
-        ("next_value = torch.where(mask[..., t], values[..., t], next_value)", "next_value = rewards[..., t]"),
-        ("return _masked(advantages, mask)", "return advantages"),
-        ("_masked(advantages + values, mask)", "advantages + values"),
-        ("_masked(advantages + values, mask)", "_masked(advantages - values, mask)"),
-        ("_masked(advantages + values, mask)", "_masked(advantages, mask)"),
-        ("return _masked(advantages, mask)", "return whiten(advantages, mask)"),
-        ("@torch.no_grad()\n", ""),
-        ("next_value = next_advantage = 0.0", "next_value, next_advantage = values[..., -1], 0.0"),
-    ],
-    "rloo": [
-        ("@torch.no_grad()\n", ""),
-        ("if samples < 2", "if samples < 1"),
-        ("if samples < 2", "if samples < 3"),
-        ("if rewards.dim() > 1 else 1", ""),
-        ("rewards.shape[-2]", "rewards.shape[-1]"),
-        ("rewards.shape[-2]", "rewards.shape[0]"),
-        ("_masked(rewards, mask).sum(-1, keepdim=True)", "_wide(rewards).sum(-1, keepdim=True)"),
-        ("_masked(rewards, mask).sum(-1, keepdim=True)", "_masked(rewards, mask).mean(-1, keepdim=True)"),
-        ("_masked(rewards, mask).sum(-1, keepdim=True)", "_masked(rewards, mask)"),
-        ("_masked(rewards, mask).sum(-1, keepdim=True)", "_masked(rewards, mask)[..., -1:]"),
-        ("returns.sum(-2, keepdim=True) - returns", "returns.sum(-2, keepdim=True)"),
-        ("returns.sum(-2, keepdim=True) - returns", "returns.sum(-2, keepdim=True) + returns"),
-        ("returns.sum(-2, keepdim=True) - returns", "returns.sum(0, keepdim=True) - returns"),
-        ("returns.sum(-2, keepdim=True) - returns", "returns.sum() - returns"),
-        ("(samples - 1)", "samples"),
-        ("(samples - 1)", "1"),
-        ("_masked(returns - siblings, mask)", "returns - siblings"),
-        ("_masked(returns - siblings, mask)", "(returns - siblings).expand(mask.shape)"),
-        ("_masked(returns - siblings, mask)", "_masked(returns + siblings, mask)"),
-        ("_masked(returns - siblings, mask)", "_masked(siblings - returns, mask)"),
-        ("_masked(returns - siblings, mask)", "_masked(returns, mask)"),
-        ("_masked(returns - siblings, mask)", "_masked(rewards - siblings, mask)"),
-    ],
-    "policy_loss": [
-        ("_wide(advantages).detach()", "_wide(advantages)"),
-        ("_wide(old_logprobs).detach()", "_wide(old_logprobs)"),
-        ("_wide(new_logprobs) -", "_wide(new_logprobs).detach() -"),
-        ("_wide(new_logprobs) -", "_wide(new_logprobs) +"),
-        ("_masked(_wide(new_logprobs) - _wide(old_logprobs).detach(), mask).exp()",
-         "(_wide(new_logprobs) - _wide(old_logprobs).detach()).exp()"),
-        (", mask).exp()", ", mask) + 1"),
-        ("unclipped = -advantages", "unclipped = advantages"),
-        ("clipped = -advantages * ratio.clamp", "clipped = advantages * ratio.clamp"),
-        ("1 - clip, 1 + clip", "1 + clip, 1 - clip"),
-        ("1 - clip, 1 + clip", "1 - clip, 1"),
-        ("1 - clip, 1 + clip", "1 - clip, None"),
-        ("1 - clip, 1 + clip", "None, 1 + clip"),
-        ("1 - clip, 1 + clip", "-clip, clip"),
-        ("torch.max(unclipped, clipped)", "torch.min(unclipped, clipped)"),
-        ("torch.max(unclipped, clipped)", "clipped"),
-        ("torch.max(unclipped, clipped)", "unclipped"),
-        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "torch.max(unclipped, clipped).mean()"),
-        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "sft_loss(torch.max(unclipped, clipped), mask, 1)"),
-        ("torch.max(unclipped, clipped), mask, total", "torch.max(unclipped, clipped), mask"),
-        ("clipped > unclipped", "clipped < unclipped"),
-        ("clipped > unclipped", "clipped >= unclipped"),
-        ("clipped > unclipped", "clipped != unclipped"),
-        (".to(loss), mask, total)", ".to(loss), mask)"),
-        (".to(loss), mask, total)", ".to(loss), mask, 1)"),
-    ],
-    "value_loss": [
-        ("0.5 * ", ""),
-        ("_masked(new_values, mask)", "_wide(new_values)"),
-        ("_masked(new_values, mask)", "_masked(new_values, mask).detach()"),
-        ("_wide(old_values).detach()", "_wide(old_values)"),
-        ("_wide(returns).detach()", "_wide(returns)"),
-        ("clamp(old_values - clip", "clamp(-old_values - clip"),
-        ("clamp(old_values - clip", "clamp(returns - clip"),
-        ("clamp(old_values - clip", "clamp(old_values - 1"),
-        ("clamp(old_values - clip", "clamp(None"),
-        (", old_values + clip)", ", returns + clip)"),
-        (", old_values + clip)", ", old_values + 1)"),
-        (", old_values + clip)", ", None)"),
-        ("old_values - clip, old_values + clip", "-clip, clip"),
-        ("new_values.clamp(old_values", "new_values.detach().clamp(old_values"),
-        (
-            "new_values.clamp(old_values - clip, old_values + clip)",
+    "masked_mean": {
+        "_masked(x, mask).sum() /": [
+            "x.sum() /", "(x * mask).sum() /", "_masked(x, mask).mean() /", "-_masked(x, mask).sum() /",
+            "_masked(x, mask).detach().sum() /",
+        ],
+        "mask.sum() if": ["mask.numel() if", "mask.sum(-1) if", "(mask.sum() - 1) if"],
+        "mask.sum() if total is None else total": ["mask.sum()"],
+        ".masked_fill(total == 0, 1)": ["", ".clamp(min=1)"],
+        "torch.broadcast_tensors(_wide(x), mask.bool())": ["_wide(x), mask.bool()"],
+        ".to(x.dtype)": [".long()"],
+    },
+    "masked_var": {
+        "(mask.sum() - 1)": ["mask.sum()", "(mask.sum() - 2)", "(mask.numel() - 1)"],
+        ".clamp(min=1)": [""],
+        "x - masked_mean(x, mask)": ["x", "x + masked_mean(x, mask)", "x - x.mean()"],
+        "_masked(x - masked_mean(x, mask), mask)": ["x - masked_mean(x, mask)"],
+        ".square()": [".abs()"],
+        "deviation.square()": ["deviation.detach().square()"],
+        "torch.broadcast_tensors(_wide(x), mask.bool())": ["_wide(x), mask.bool()"],
+    },
+    "whiten": {
+        "x = _masked(x, mask)\n": ["x = _wide(x)\n"],
+        "(x - mean)": ["(x + mean)", "(mean - x)"],
+        "torch.rsqrt(var": ["torch.sqrt(var"],
+        "torch.rsqrt(var + 1e-8)": ["1 / (torch.sqrt(var) + 1e-8)"],
+        "1e-8": ["1e-6"],
+        "white if shift_mean else white + mean": ["white + mean if shift_mean else white"],
+        "white + mean": ["white - mean", "white"],
+        "_masked(white if shift_mean else white + mean, mask)": ["white if shift_mean else white + mean"],
+        "masked_var(x, mask)": ["masked_var(x, mask).detach()"],
+        "masked_mean(x, mask)": ["masked_mean(x, mask).detach()"],
+    },
+    "_masked": {
+        "mask.bool(), _wide(x), 0.0": ["mask.bool(), 0.0, _wide(x)", "mask.bool(), _wide(x), 1.0"],
+        "torch.where(mask.bool(), _wide(x), 0.0)": ["_wide(x) * mask"],
+        "_wide(x), 0.0": ["x, 0.0"],
+    },
+    "_wide": {
+        "x if x.dtype in (torch.float32, torch.float64) else x.float()": ["x"],
+        "(torch.float32, torch.float64)": ["(torch.float32,)", "(torch.float32, torch.float64, torch.bfloat16)"],
+        "x.float()": ["x.double()"],
+    },
+    "gather_logprobs": {
+        "chosen - logits.logsumexp(-1)": [
+            "chosen + logits.logsumexp(-1)", "logits.logsumexp(-1) - chosen", "chosen - logits.logsumexp(-1).mean()",
+            "chosen - logits.exp().sum(-1).log()", "chosen - logits.logsumexp(-2)",
+            "chosen - logits.logsumexp(-1).detach()", "chosen.detach() - logits.logsumexp(-1)",
+            "chosen - logits.amax(-1)",
+        ],
+        "logits = _wide(logits)": ["pass"],
+        "tokens.expand(shape)": [
+            "tokens.roll(1, -1).expand(shape)", "(tokens - 1).clamp(min=0).expand(shape)", "tokens",
+        ],
+        "logits.expand(*shape, -1)": ["logits"],
+    },
+    "sequence_logps": {
+        "_masked(logprobs, mask).sum(-1)": [
+            "logprobs.sum(-1)", "_masked(logprobs, mask).mean(-1)", "_masked(logprobs, mask)[..., :-1].sum(-1)",
+            "_masked(logprobs, mask).detach().sum(-1)",
+        ],
+        "if average": ["if not average"],
+        "mask.sum(-1).clamp(min=1)": ["mask.shape[-1]"],
+        ".clamp(min=1)": [""],
+        "average=False": ["average=True"],
+    },
+    "entropy": {
+        "return -(": ["return ("],
+        ".sum(-1)  # p": [".mean(-1)  # p"],
+        ".masked_fill(logp == -torch.inf, 0)": [""],
+        "logp.exp() *": ["logp.exp().detach() *", "logp *"],
+        "_wide(logits)": ["logits"],
+    },
+    "sft_loss": {
+        "-masked_mean(logprobs, mask, total)": [
+            "masked_mean(logprobs, mask, total)", "-masked_mean(logprobs, mask)", "-_masked(logprobs, mask).sum()",
+            "-masked_mean(logprobs[..., 1:], mask[..., 1:], total)", "-_wide(logprobs).mean()",
+            "-masked_mean(sequence_logps(logprobs, mask, True), mask.any(-1))",
+        ],
+    },
+    "dpo_loss": {
+        "_wide(policy_chosen_logps) - ": ["_wide(policy_chosen_logps) + "],
+        "_wide(policy_rejected_logps) - ": ["_wide(policy_rejected_logps) + "],
+        "chosen_logratios - rejected_logratios": [
+            "rejected_logratios - chosen_logratios", "chosen_logratios + rejected_logratios",
+            "chosen_logratios - rejected_logratios.mean()", "chosen_logratios - rejected_logratios.detach()",
+            "chosen_logratios.detach() - rejected_logratios",
+        ],
+        "_wide(ref_chosen_logps).detach()": ["_wide(ref_chosen_logps)"],
+        "_wide(ref_rejected_logps).detach()": ["_wide(ref_rejected_logps)", "_wide(ref_chosen_logps).detach()"],
+        "-(1 - label_smoothing)": ["(1 - label_smoothing)", "-(1 + label_smoothing)", "-1"],
+        "- label_smoothing * F.logsigmoid": ["+ label_smoothing * F.logsigmoid"],
+        "F.logsigmoid(-beta * h)": ["F.logsigmoid(beta * h)"],
+        "F.logsigmoid(beta * h)": ["F.logsigmoid(-beta * h)", "F.logsigmoid(h)", "(beta * h).sigmoid().log()"],
+        "h - 1 / (2 * beta)": ["h + 1 / (2 * beta)", "h - 1 / beta"],
+        ".square()": [".abs()"],
+        "F.relu(1 - beta * h)": ["F.relu(1 + beta * h)", "1 - beta * h", "F.relu(beta - h)"],
+        "beta * chosen_logratios.detach()": [
+            "beta * chosen_logratios", "chosen_logratios.detach()", "-beta * chosen_logratios.detach()",
+            "beta * rejected_logratios.detach()",
+        ],
+        "beta * rejected_logratios.detach()": ["beta * rejected_logratios", "beta * chosen_logratios.detach()"],
+        "return losses, beta": ["return losses.mean(), beta"],
+        'kind == "sigmoid"': ['kind != "ipo"'],
+    },
+    "kl_estimate": {
+        "_wide(logprobs) - _wide(ref_logprobs)": [
+            "_wide(ref_logprobs) - _wide(logprobs)", "logprobs - ref_logprobs",
+            "_wide(logprobs) - _wide(ref_logprobs).detach()",
+        ],
+        "d.square() / 2": ["d.square()", "d.abs() / 2"],
+        "torch.expm1(-d) + d": [
+            "torch.expm1(d) - d", "torch.expm1(-d) - d", "torch.exp(-d) + d", "torch.exp(-d) - 1 + d",
+        ],
+        "d = _masked(d, mask)": ["d = d * mask", "pass"],
+        'kind="k1"': ['kind="k3"'],
+    },
+    "AdaptiveKL": {
+        "min(max(": ["max(min("],
+        "/ self.target - 1": ["/ self.target"],
+        "float(kl) / self.target - 1": ["1 - float(kl) / self.target"],
+        "-0.2), 0.2)": ["-0.2), 0.1)", "-0.1), 0.2)"],
+        "1 + error": ["1 - error"],
+        "self.value *=": ["self.value ="],
+        "* float(samples)": [""],
+        "/ self.horizon": [""],
+    },
+    "missing_eos_penalty": {
+        " & mask.bool()": [""],
+        ".any(-1)": [".all(-1)", "[..., -1]"],
+        "tokens == eos_id": ["tokens != eos_id"],
+        "_wide(scores) - penalty": ["_wide(scores) + penalty"],
+        "_wide(scores), _wide(scores) - penalty": ["_wide(scores) - penalty, _wide(scores)"],
+    },
+    "shape_rewards": {
+        "-kl_coef * kl": ["kl_coef * kl", "-kl"],
+        "tokens_left == 1": ["tokens_left == 2", "tokens_left == mask.sum(-1, keepdim=True)"],
+        "mask & (tokens_left == 1)": ["tokens_left == 1", "mask"],
+        "mask.flip(-1).cumsum(-1).flip(-1)": ["mask.cumsum(-1)"],
+        '"k1", mask': ['"k3", mask', '"k1"'],
+        "logprobs, ref_logprobs, \"k1\"": ["ref_logprobs, logprobs, \"k1\""],
+        "+ _masked(scores": ["- _masked(scores"],
+        "_masked(scores.unsqueeze(-1), is_last)": ["_wide(scores).unsqueeze(-1) * is_last"],
+        "@torch.no_grad()\n": [""],
+    },
+    "gae": {
+        "+ gamma * next_value": ["- gamma * next_value", "+ next_value", ""],
+        "- values[..., t]\n": ["+ values[..., t]\n", "\n", "- values[..., t - 1]\n"],
+        "gamma * lam * next_advantage": ["lam * next_advantage", "gamma * next_advantage"],
+        "delta + gamma": ["delta - gamma"],
+        "delta = rewards[..., t]": ["delta = rewards[..., t - 1]"],
+        "reversed(range(mask.shape[-1]))": ["range(mask.shape[-1])"],
+        "next_advantage = torch.where(mask[..., t], advantages[..., t], next_advantage)": [
+            "next_advantage = delta", "next_advantage = advantages[..., t]",
+        ],
+        "next_value = torch.where(mask[..., t], values[..., t], next_value)": [
+            "next_value = values[..., t]", "next_value = rewards[..., t]",
+        ],
+        "return _masked(advantages, mask)": ["return advantages", "return whiten(advantages, mask)"],
+        "_masked(advantages + values, mask)": [
+            "advantages + values", "_masked(advantages - values, mask)", "_masked(advantages, mask)",
+        ],
+        "@torch.no_grad()\n": [""],
+        "next_value = next_advantage = 0.0": ["next_value, next_advantage = values[..., -1], 0.0"],
+    },
+    "rloo": {
+        "@torch.no_grad()\n": [""],
+        "if samples < 2": ["if samples < 1", "if samples < 3"],
+        "if rewards.dim() > 1 else 1": [""],
+        "rewards.shape[-2]": ["rewards.shape[-1]", "rewards.shape[0]"],
+        "_masked(rewards, mask).sum(-1, keepdim=True)": [
+            "_wide(rewards).sum(-1, keepdim=True)", "_masked(rewards, mask).mean(-1, keepdim=True)",
+            "_masked(rewards, mask)", "_masked(rewards, mask)[..., -1:]",
+        ],
+        "returns.sum(-2, keepdim=True) - returns": [
+            "returns.sum(-2, keepdim=True)", "returns.sum(-2, keepdim=True) + returns",
+            "returns.sum(0, keepdim=True) - returns", "returns.sum() - returns",
+        ],
+        "(samples - 1)": ["samples", "1"],
+        "_masked(returns - siblings, mask)": [
+            "returns - siblings", "(returns - siblings).expand(mask.shape)", "_masked(returns + siblings, mask)",
+            "_masked(siblings - returns, mask)", "_masked(returns, mask)", "_masked(rewards - siblings, mask)",
+        ],
+    },
+    "policy_loss": {
+        "_wide(advantages).detach()": ["_wide(advantages)"],
+        "_wide(old_logprobs).detach()": ["_wide(old_logprobs)"],
+        "_wide(new_logprobs) -": ["_wide(new_logprobs).detach() -", "_wide(new_logprobs) +"],
+        "_masked(_wide(new_logprobs) - _wide(old_logprobs).detach(), mask).exp()": [
+            "(_wide(new_logprobs) - _wide(old_logprobs).detach()).exp()",
+        ],
+        ", mask).exp()": [", mask) + 1"],
+        "unclipped = -advantages": ["unclipped = advantages"],
+        "clipped = -advantages * ratio.clamp": ["clipped = advantages * ratio.clamp"],
+        "1 - clip, 1 + clip": ["1 + clip, 1 - clip", "1 - clip, 1", "1 - clip, None", "None, 1 + clip", "-clip, clip"],
+        "torch.max(unclipped, clipped)": ["torch.min(unclipped, clipped)", "clipped", "unclipped"],
+        "masked_mean(torch.max(unclipped, clipped), mask, total)": [
+            "torch.max(unclipped, clipped).mean()", "sft_loss(torch.max(unclipped, clipped), mask, 1)",
+        ],
+        "torch.max(unclipped, clipped), mask, total": ["torch.max(unclipped, clipped), mask"],
+        "clipped > unclipped": ["clipped < unclipped", "clipped >= unclipped", "clipped != unclipped"],
+        ".to(loss), mask, total)": [".to(loss), mask)", ".to(loss), mask, 1)"],
+    },
+    "value_loss": {
+        "0.5 * ": [""],
+        "_masked(new_values, mask)": ["_wide(new_values)", "_masked(new_values, mask).detach()"],
+        "_wide(old_values).detach()": ["_wide(old_values)"],
+        "_wide(returns).detach()": ["_wide(returns)"],
+        "clamp(old_values - clip": [
+            "clamp(-old_values - clip", "clamp(returns - clip", "clamp(old_values - 1", "clamp(None",
+        ],
+        ", old_values + clip)": [", returns + clip)", ", old_values + 1)", ", None)"],
+        "old_values - clip, old_values + clip": ["-clip, clip"],
+        "new_values.clamp(old_values": ["new_values.detach().clamp(old_values"],
+        "new_values.clamp(old_values - clip, old_values + clip)": [
             "old_values + (new_values - old_values).clamp(-clip, clip)",
-        ),
-        ("(new_values - returns)", "(new_values + returns)"),
-        ("(clipped_values - returns)", "(clipped_values + returns)"),
-        ("(clipped_values - returns).square()", "(clipped_values - returns).abs()"),
-        ("torch.max(unclipped, clipped)", "torch.min(unclipped, clipped)"),
-        ("torch.max(unclipped, clipped)", "clipped"),
-        ("torch.max(unclipped, clipped)", "unclipped"),
-        ("masked_mean(torch.max(unclipped, clipped), mask, total)", "torch.max(unclipped, clipped).mean()"),
-        ("torch.max(unclipped, clipped), mask, total", "torch.max(unclipped, clipped), mask"),
-        ("clipped > unclipped", "clipped < unclipped"),
-        ("clipped > unclipped", "clipped >= unclipped"),
-        ("clipped > unclipped", "clipped != unclipped"),
-        (".to(loss), mask, total)", ".to(loss), mask)"),
-    ],
-    "explained_variance": [
-        ("1 - left / total", "left / total"),
-        ("1 - left / total", "1 - total / left"),
-        ("1 - left / total", "1 + left / total"),
-        ("_wide(returns) - _wide(values), mask", "_wide(returns) + _wide(values), mask"),
-        ("_wide(returns) - _wide(values), mask", "_wide(values), mask"),
-        ("masked_var(_wide(returns) - _wide(values), mask)", "masked_mean((returns - values).square(), mask)"),
-        ("torch.where(total > noise, 1 - left / total, 0.0)", "1 - left / total"),
-        ("total > noise", "total > 0"),
-        ("masked_var(returns, mask)", "masked_var(values, mask)"),
-        ("masked_var(returns, mask)", "masked_var(returns, mask >= 0)"),
-        ("@torch.no_grad()\n", ""),
-    ],
+        ],
+        "(new_values - returns)": ["(new_values + returns)"],
+        "(clipped_values - returns)": ["(clipped_values + returns)"],
+        "(clipped_values - returns).square()": ["(clipped_values - returns).abs()"],
+        "torch.max(unclipped, clipped)": ["torch.min(unclipped, clipped)", "clipped", "unclipped"],
+        "masked_mean(torch.max(unclipped, clipped), mask, total)": ["torch.max(unclipped, clipped).mean()"],
+        "torch.max(unclipped, clipped), mask, total": ["torch.max(unclipped, clipped), mask"],
+        "clipped > unclipped": ["clipped < unclipped", "clipped >= unclipped", "clipped != unclipped"],
+        ".to(loss), mask, total)": [".to(loss), mask)"],
+    },
+    "explained_variance": {
+        "1 - left / total": ["left / total", "1 - total / left", "1 + left / total"],
+        "_wide(returns) - _wide(values), mask": ["_wide(returns) + _wide(values), mask", "_wide(values), mask"],
+        "masked_var(_wide(returns) - _wide(values), mask)": ["masked_mean((returns - values).square(), mask)"],
+        "torch.where(total > noise, 1 - left / total, 0.0)": ["1 - left / total"],
+        "total > noise": ["total > 0"],
+        "masked_var(returns, mask)": ["masked_var(values, mask)", "masked_var(returns, mask >= 0)"],
+        "@torch.no_grad()\n": [""],
+    },
 }  # fmt: skip
 
 
@@ -350,10 +282,9 @@ def mutate(source, function, old, new):
     opening = body.index('"""') if '"""' in body else 0
     code = body.index('"""', opening + 3) + 3 if '"""' in body else 0
     head, docstring, rest = body[:opening], body[opening:code], body[code:]
-    if head.count(old) + rest.count(old) != 1:
-        raise SystemExit(
-            f"mutants.py: in {function}, {old!r} occurs {head.count(old) + rest.count(old)} times, not once"
-        )
+    found = head.count(old) + rest.count(old)
+    if found != 1:
+        raise SystemExit(f"mutants.py: in {function}, {old!r} occurs {found} times, not once")
     return source[:start] + head.replace(old, new) + docstring + rest.replace(old, new) + source[end:]
 
 
@@ -386,16 +317,8 @@ def killer(mutant):
 
     from socratiq import losses
 
-    def too_slow(*_):
-        raise TimeoutError
-
     function, source = mutant
-    signal.signal(signal.SIGALRM, too_slow)
-    signal.alarm(TIME_LIMIT)
-    try:
-        exec(compile(source, str(LOSSES), "exec"), vars(losses))
-    except Exception as error:
-        return f"the import: {error}"
+    exec(compile(source, str(LOSSES), "exec"), vars(losses))
     names = vars(tests[0][0].module)
     names.update({name: value for name, value in vars(losses).items() if name in names and not name.startswith("__")})
     for item, _ in sorted(tests, key=lambda test: function not in test[1]):  # first the tests that name the function
@@ -412,8 +335,9 @@ def main():
     sys.path.insert(0, str(TESTS.parent))
     import pytest
 
-    functions = args.functions or list(MUTANTS)
-    runner = Runner([(function, old, new) for function in functions for old, new in MUTANTS[function]], args.jobs)
+    chosen = {function: MUTANTS[function] for function in args.functions or MUTANTS}
+    listed = [(f, old, new) for f, texts in chosen.items() for old, several in texts.items() for new in several]
+    runner = Runner(listed, args.jobs)
     pytest.main(["-q", "-s", "-p", "no:cacheprovider", str(TESTS / "test_losses.py")], plugins=[runner])
     total, killed, survivors = len(runner.listed), len(runner.killed), runner.survivors
     if killed + len(survivors) < total:
