@@ -51,11 +51,6 @@ def test_sft_overfits_one_row(lora_rank):
 # ---------------------------------------------------------------------------------------------------------- DPO
 
 
-def preference(policy, batch, reference):
-    """log pi / pi_ref of both completions of each pair, (B, 2)."""
-    return sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask) - reference
-
-
 def train_on_one_pair(kind, beta=0.5, lr=3e-5, steps=15):
     """Plain gradient descent on one pair: the reward margin beta * h before each step, and the loss."""
     policy = small_policy()
@@ -64,7 +59,7 @@ def train_on_one_pair(kind, beta=0.5, lr=3e-5, steps=15):
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=lr)
     margins, losses = [], []
     for _ in range(steps):
-        logps = preference(policy, batch, reference) + reference
+        logps = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask)
         loss, chosen, rejected = dpo_loss(*logps.unbind(1), *reference.unbind(1), beta, kind=kind)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -94,36 +89,6 @@ def test_hinge_on_one_pair_stops_at_a_margin_of_one():
     margins, losses = train_on_one_pair("hinge", lr=1e-4)
     assert margins[0] == 0 and rises(margins[:4])
     assert margins[-1] >= 1 and margins[-1] == margins[-2] and losses[-1] == 0
-
-
-@pytest.mark.parametrize(
-    ("kind", "slope"),
-    [("sigmoid", -0.5 / 2), ("hinge", -0.5), ("ipo", -2 / (2 * 0.5))],  # dL/dh at h = 0 for beta = 0.5
-)
-def test_first_dpo_step_follows_the_analytic_gradient(kind, slope):
-    """It is dL/dh * grad h, and at the start h = 0 for every pair: -beta/2, -beta and -1/beta times grad h."""
-    policy = small_policy()
-    weights = list(policy.trainable().values())
-    batch = make_batch(*small_rows(samples=2, rows=3))
-    reference = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask).detach()
-
-    def h():
-        gains = preference(policy, batch, reference)
-        return (gains[:, 0] - gains[:, 1]).mean()
-
-    grad_h = torch.autograd.grad(h(), weights)
-    logps = preference(policy, batch, reference) + reference
-    loss, _, _ = dpo_loss(*logps.unbind(1), *reference.unbind(1), beta=0.5, kind=kind)
-    grad_loss = torch.autograd.grad(loss.mean(), weights)
-    for actual, expected in zip(grad_loss, grad_h, strict=True):
-        close(actual, slope * expected, 1e-5)
-
-    lr = 1e-4  # one step of plain gradient descent raises h by lr * |slope| * |grad h|^2
-    with torch.no_grad():
-        for weight, gradient in zip(weights, grad_loss, strict=True):
-            weight -= lr * gradient
-    predicted = lr * -slope * sum(gradient.square().sum() for gradient in grad_h)
-    assert h().item() == pytest.approx(predicted.item(), rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------- PPO
@@ -182,7 +147,7 @@ def first_token(policy):
 @pytest.fixture(scope="module")
 def trained():
     """kl_coef -> (probabilities by the trained policy, by the reference)."""
-    return {kl_coef: first_token(bandit(kl_coef)[0]) for kl_coef in (0.0, 0.3, 1.0, 3.0, 100.0)}
+    return {kl_coef: first_token(bandit(kl_coef)[0]) for kl_coef in (0.0, 0.3, 1.0, 100.0)}
 
 
 def test_ppo_goes_from_chance_to_certainty(trained):
@@ -192,22 +157,12 @@ def test_ppo_goes_from_chance_to_certainty(trained):
 
 def test_ppo_under_a_kl_penalty_ends_at_the_policy_that_theory_predicts(trained):
     """The maximum of E[r] - c KL(pi, pi_ref) is pi(y) = pi_ref(y) exp(r(y) / c) / Z (Rafailov et al. 2023 eq. 4)."""
-    for kl_coef in (0.3, 1.0, 3.0):
+    for kl_coef in (0.3, 1.0, 100.0):  # at the last one the policy does not move
         policy, reference = trained[kl_coef]
         optimum = reference.clone()
         optimum[TARGET] *= exp(1 / kl_coef)
         optimum /= optimum.sum()
         close(policy, optimum, 0.05)
-
-
-def test_kl_falls_as_kl_coef_grows(trained):
-    kls = [(policy * (policy / reference).log()).sum().item() for policy, reference in trained.values()]
-    assert kls[0] > 2 * kls[1] > 4 * kls[2] > 8 * kls[3]
-
-
-def test_with_a_large_kl_coef_the_policy_does_not_move(trained):
-    policy, reference = trained[100.0]
-    close(policy, reference, 0.05)
 
 
 def test_ppo_finds_the_token_anywhere_in_a_longer_answer():

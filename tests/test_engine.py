@@ -5,13 +5,12 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from small import EOS, small_policy, small_rows, stir
 
 from socratiq import lora
 from socratiq.batch import RowAttention, make_batch
-from socratiq.engine import attention, fused, padding, scoring, speed_up
+from socratiq.engine import attention, padding, scoring, speed_up
 from socratiq.engine.packed import can_pack, packed
 from socratiq.models import load_policy, load_tokenizer
 from socratiq.policy import Policy, score_tokens, token_logprobs
@@ -47,19 +46,15 @@ def results(policy, rows, temperature=0.7):
 
 @DEVICES
 @pytest.mark.parametrize("samples", [1, 3])
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_tiny_has_the_same_log_probs_and_gradients_and_samples_the_same_tokens(
-    device, samples, grad_checkpoint, lora_rank
-):
+def test_tiny_has_the_same_log_probs_and_gradients_and_samples_the_same_tokens(device, samples, lora_rank):
     tokenizer = load_tokenizer("tiny")
     prompts = [encode_prompt(tokenizer, "Dogs are good. " * n, "Clarity", 200) for n in (1, 4, 2)]
     texts = ["What is good?", "Why?", "Which dogs do you mean, and who says that they are good?"]
     completions = [[encode_completion(tokenizer, text) for text in texts[:samples]]] * 3
     found, sampled = [], []
     for plain in (True, False):
-        options = {"value_head": True, "grad_checkpoint": grad_checkpoint, "plain": True}
-        policy = load_policy("tiny", "cpu", "float32", lora_rank, **options)
+        policy = load_policy("tiny", "cpu", "float32", lora_rank, value_head=True, plain=True)
         if not plain:
             speed_up(policy, torch.device(device))
         stir(policy)
@@ -114,25 +109,6 @@ def test_plain_leaves_the_engine_out():
     assert engine.twins and any("forward" in vars(module) for module in engine.modules())
 
 
-# ------------------------------------------------------------------------------------------------------- layers
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_an_adapted_linear_layer(biased, gated):
-    weight, bias = numbers(6, 8).detach(), numbers(6).detach() if biased else None
-
-    def plain(x, A, B, up=None):
-        x = x if up is None else F.silu(x) * up
-        return F.linear(x, weight, bias) + 0.5 * (x @ A.T) @ B.T
-
-    def twin(x, A, B, up=None):
-        return fused.AddLowRank.apply(x, up, weight, bias, A, B, 0.5)
-
-    inputs = [numbers(1, 5, 8), numbers(3, 8), numbers(6, 3), numbers(1, 5, 8)]
-    compare(twin, plain, inputs if gated else inputs[:3])
-
-
 # ---------------------------------------------------------------------------------------------------- attention
 
 
@@ -149,15 +125,6 @@ def test_attention_of_rows(twin, samples, shared):
     tokens = shared + sum(rows.lengths)
     inputs = numbers(1, 6, tokens, 8), numbers(1, 2, tokens, 8), numbers(1, 2, tokens, 8)
     compare(lambda *qkv: twin(rows)(0, *qkv, 0.3), lambda *qkv: RowAttention(rows)(0, *qkv, 0.3), inputs)
-
-
-def test_long_rows_attend_as_the_plain_ones_do(monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", 4)
-    monkeypatch.setattr(attention, "AT_ONCE", 4)
-    rows = make_batch([[1, 2, 3], [1, 2, 4, 5]], [[[6, 7]], [[8]]]).rows
-    inputs = numbers(1, 6, 8, 8), numbers(1, 2, 8, 8), numbers(1, 2, 8, 8)
-    for twin in (attention.ShortRows, attention.RowsAtOnce):
-        assert torch.equal(twin(rows)(0, *inputs, 0.3), RowAttention(rows)(0, *inputs, 0.3))
 
 
 # ----------------------------------------------------------------------------------------------------- the head

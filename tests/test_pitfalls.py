@@ -1,7 +1,11 @@
-"""The classic mistakes of preference training, one test each, named after the mistake.
+"""The classic mistakes of preference training, named after the mistake.
 
 The first half tries the building blocks, on a Llama of a few thousand weights. The second half watches the scripts
-themselves (tests/observed.py): what they hand to the losses, and what they log.
+themselves (tests/observed.py): what they hand to the losses, and what they log. Some mistakes are caught elsewhere:
+
+    shift, padding, values    test_identities.py: packed rows equal one forward per sequence, whatever their neighbours
+    reward slot, missing EOS  test_losses.py: TestShapedRewards, TestMissingEOS
+    value clip                test_losses.py: TestValueLoss
 """
 
 import json
@@ -11,54 +15,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 from observed import observations
-from small import EOS, VOCABULARY, small_lm, small_policy, small_rows, stir
+from small import EOS, VOCABULARY, small_policy, small_rows, stir
 from transformers import AutoModelForCausalLM
 
 from socratiq import lora, losses
 from socratiq import models as model
 from socratiq.batch import make_batch
-from socratiq.data import Row, load_pairs, load_rows, split_by_context
+from socratiq.data import load_pairs, load_rows, split_by_context
 from socratiq.models import load_policy, load_tokenizer, save_model, save_policy
 from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
-from socratiq.run.errors import UserError
-from socratiq.sampling import draw, sample
+from socratiq.sampling import sample
 
 
 def close(actual, expected, tolerance=1e-5):
-    torch.testing.assert_close(
-        torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=tolerance, check_dtype=False
-    )
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance, check_dtype=False)
 
 
 # ----------------------------------------------------------------------------------------- the building blocks
-
-
-def test_shift():
-    """The hidden state *before* a token scores it."""
-    policy = small_policy()
-    prompt, completion = [1, 5, 7, 3], [8, 4, EOS]
-    lm = small_lm(attention="sdpa")
-    logprobs = lm(torch.tensor([prompt + completion])).logits[0].log_softmax(-1)  # of the token that comes next
-    ours = token_logprobs(policy, make_batch([prompt], [[completion]]))["logprobs"][0, 0]
-    close(ours, torch.stack([logprobs[3 + t, token] for t, token in enumerate(completion)]))
-    off_by_one = torch.stack([logprobs[4 + t, token] for t, token in enumerate(completion)])
-    assert (ours - off_by_one).abs().max() > 0.1
-
-
-def test_padding():
-    """Explicit positions and masks: rows of different length stand together as each would alone."""
-    policy = small_policy()
-    prompts, completions = small_rows(rows=3)
-    batch = make_batch(prompts, completions)
-    tokens = sum(len(prompt) + len(row[0]) for prompt, row in zip(prompts, completions, strict=True))
-    assert len(batch.input_ids) <= tokens  # nothing is padded before the model, and what is common is run once
-    trained = token_logprobs(policy, batch)["logprobs"]
-    written = sample(policy, prompts, 2, max_new_tokens=6, eos_id=EOS, seeds=[1, 2, 3])
-    for b in range(3):
-        alone = token_logprobs(policy, make_batch(prompts[b : b + 1], completions[b : b + 1]))["logprobs"]
-        close(trained[b, :, : alone.shape[-1]], alone[0])
-        assert sample(policy, prompts[b : b + 1], 2, max_new_tokens=6, eos_id=EOS, seeds=[1 + b]) == [written[b]]
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -94,6 +69,7 @@ def test_pad_is_eos():
     completions = [[[0, 5, 0, EOS], [EOS]], [[EOS, EOS, 4], [0, 0]]]
     batch = make_batch([[1, 3], [1, 4]], completions)
     assert batch.mask.sum(-1).tolist() == [[4, 1], [3, 2]]
+    assert len(batch.input_ids) == 13  # nothing is padded before the model, and the common start stands there once
     logprobs = token_logprobs(small_policy(), batch)["logprobs"]
     assert (logprobs[batch.mask.bool()] < 0).all() and (logprobs[~batch.mask.bool()] == 0).all()
 
@@ -110,37 +86,6 @@ def test_precision():
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in policy.trainable().values())
-
-
-def test_values():
-    """V_t is read before token t, so token t cannot change it; after the end there is none; the head starts at zero."""
-    policy = small_policy(value_head=True)
-    prompt = [1, 5, 7]
-    assert (token_logprobs(policy, make_batch([prompt], [[[8, 4, EOS]]]))["values"] == 0).all()
-    torch.nn.init.normal_(policy.value_head.weight)
-    batch = make_batch([prompt], [[[8, 4, EOS], [8, 9, EOS], [8, EOS]]])
-    first, other, short = token_logprobs(policy, batch)["values"][0]
-    close(first[:2], other[:2])  # before the tokens that differ, and at the first of them
-    assert (first[2] - other[2]).abs() > 1e-3
-    assert short[2] == 0
-
-
-def test_reward_slot():
-    """The score stands on EOS, the last real token, and on the last token of an answer that was cut off."""
-    batch = make_batch([[1, 5], [1, 6]], [[[8, EOS], [8, 9, 4, EOS]], [[7, 7, 7], [EOS]]])
-    zeros = torch.zeros(batch.mask.shape)
-    rewards = losses.shape_rewards(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), zeros, zeros, batch.mask, kl_coef=0.1)
-    assert rewards.tolist() == [[[0, 1, 0, 0], [0, 0, 0, 2]], [[0, 0, 3, 0], [4, 0, 0, 0]]]
-    ended = rewards[0][batch.tokens[0] == EOS]
-    assert ended.tolist() == [1, 2]
-
-
-def test_missing_eos():
-    """EOS is looked for in the response: one in the prompt, or the same id in the padding, excuses nothing."""
-    batch = make_batch([[1, EOS, 5]], [[[8, EOS], [8, 9, 4]]])
-    tokens = batch.tokens.masked_fill(batch.mask == 0, EOS)  # as where padding and EOS are the same token
-    scores = losses.missing_eos_penalty(torch.tensor([[0.5, 0.5]]), tokens, batch.mask, EOS, penalty=1.0)
-    assert scores.tolist() == [[0.5, -0.5]]
 
 
 def test_merged_weights(tmp_path):
@@ -173,19 +118,10 @@ def test_dropout(tmp_path, monkeypatch):
     assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in policy.modules())
 
 
-def test_value_clip():
-    """Around the old values, the larger of the two errors for each element, one half, masked."""
-    new, old = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0])
-    returns, mask = torch.tensor([2.0, -1.0, 50.0]), torch.tensor([1.0, 1.0, 0.0])
-    loss, _ = losses.value_loss(new, old, returns, mask, clip=0.5)
-    # max((1 - 2)^2, (0.5 - 2)^2) = 2.25 and max((1 + 1)^2, (0.5 + 1)^2) = 4; a maximum of the means would be 2.5
-    close(loss, 0.5 * (2.25 + 4) / 2)
-
-
 def test_split(inputs):
     """By context: no text stands on both sides, in rows and in pairs, however it is spaced or capitalised."""
     rows = load_rows(str(inputs / "rows.jsonl"))
-    rows += [Row(row.context.upper().replace(" ", "  "), "Really?", "Clarity", "") for row in rows]
+    rows += [row._replace(context=row.context.upper().replace(" ", "  ")) for row in rows]
     for items in (rows, load_pairs(str(inputs / "pairs.jsonl"))):
         train, held_out = split_by_context(items, 0.3, seed=0)
         assert train and held_out and len(train) + len(held_out) == len(items)
@@ -193,19 +129,13 @@ def test_split(inputs):
         assert not sides[0] & sides[1]
 
 
-def test_empty_completions(tmp_path):
-    """Refused by name on the way in; a sampled one counts nothing and is never NaN."""
-    (tmp_path / "rows.jsonl").write_text('{"context": "Dogs.", "question": " ", "type": "Clarity"}\n')
-    with pytest.raises(UserError, match=r"rows.jsonl.*question.*empty"):
-        load_rows(str(tmp_path / "rows.jsonl"))
-    policy = small_policy(value_head=True)
+def test_empty_completions():
+    """An empty completion counts nothing and is never NaN."""
+    policy = small_policy()
     with_empty = make_batch([[1, 5], [1, 6]], [[[8, EOS]], [[]]])
     without = make_batch([[1, 5]], [[[8, EOS]]])
     logprobs = token_logprobs(policy, with_empty)["logprobs"]
     close(losses.sft_loss(logprobs, with_empty.mask), losses.sft_loss(logprobs[:1], without.mask))
-    rewards = losses.shape_rewards(torch.ones(2, 1), logprobs, logprobs, with_empty.mask, kl_coef=0.1)
-    advantages, returns = losses.gae(rewards, torch.zeros_like(rewards), with_empty.mask, gamma=1.0, lam=0.9)
-    assert rewards[1].sum() == 0 and advantages[1].sum() == 0 and returns.isfinite().all()
     nothing = make_batch([[1, 5]], [[[]]])
     assert losses.sft_loss(token_logprobs(policy, nothing)["logprobs"], nothing.mask) == 0
 
@@ -230,20 +160,10 @@ def dpo(scripts, inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ppo(scripts, inputs, tmp_path_factory):
-    options = [
-        "--scorer",
-        inputs / "scorer",
-        "--allow-bare-scorer",
-        "--steps",
-        2,
-        "--batch-size",
-        4,
-        "--samples-per-prompt",
-        3,
-    ]
-    options += ["--minibatches", 2, "--ppo-epochs", 2, "--max-new-tokens", 8, "--temperature", 0.8, "--lr", "1e-3"]
-    options += ["--eval-prompts", 2, "--target-kl", 100]
-    return run(scripts, inputs, tmp_path_factory.mktemp("ppo"), "train_ppo.py", *options)
+    options = "--allow-bare-scorer --steps 2 --batch-size 4 --samples-per-prompt 3 --minibatches 2 --ppo-epochs 2 "
+    options += "--max-new-tokens 8 --temperature 0.8 --lr 1e-3 --eval-prompts 2 --target-kl 100"
+    folder = tmp_path_factory.mktemp("ppo")
+    return run(scripts, inputs, folder, "train_ppo.py", "--scorer", inputs / "scorer", *options.split())
 
 
 def test_sequence_score(dpo, scripts, inputs, tmp_path):
@@ -257,13 +177,8 @@ def test_sequence_score(dpo, scripts, inputs, tmp_path):
 
 
 def test_temperature(ppo):
-    """The same in rollout, reference and update; and the sampler can draw every token, however unlikely."""
+    """The same in rollout, reference and update."""
     assert {call["temperature"] for call in ppo.seen["token_logprobs"] + ppo.seen["sample"]} == {0.8}
-    logits = torch.tensor([[5.0, 0.0, -5.0, 1.0]])
-    cumulative = (logits / 0.8).softmax(-1).cumsum(-1)[0]
-    for token in range(4):
-        middle = (cumulative[token] + (cumulative[token - 1] if token else 0)) / 2
-        assert draw(logits, middle[None], 0.8).item() == token
 
 
 def test_old_log_probs(ppo):
@@ -311,19 +226,14 @@ def test_kl(ppo):
     last = ppo.metrics[-1]
     assert last["objective/kl_k3"] >= 0 and last["policy/approxkl"] >= 0
     assert last["objective/kl"] != last["policy/approxkl"]
-    assert "negative" in losses.kl_estimate.__doc__
 
 
 def test_reference(dpo, ppo):
-    """First DPO loss = ln 2; first KL = 0; the base weights under the adapters never change."""
+    """First DPO loss = ln 2; first KL = 0; the reference gets no gradient."""
     close(dpo.metrics[0]["eval/loss"], log(2), 1e-6)
     close(ppo.metrics[1]["objective/kl"], 0.0, 1e-6)
     reference = [call for call in ppo.seen["token_logprobs"] if call["reference"]]
     assert reference and not any(call["gradients"] for call in reference)
-    policy = small_policy(lora_rank=4)
-    before = {name: tensor.clone() for name, tensor in policy.lm.state_dict().items() if "lora_" not in name}
-    stir(policy)
-    assert all(torch.equal(policy.lm.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_adam_epsilon(ppo, dpo):
