@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None):
     parser = cli.Parser(description="Make pairs of a chosen and a rejected question for train_dpo.py.", epilog=told)
     strength = cli.number(float, least=0, most=1, metavar="P")
     add = parser.add_argument_group("in and out").add_argument
-    add("--data", type=cli.source, default="sample", help='"sample", "socratiq", a file, folder, address or Hub id')
+    add("--data", default="sample", metavar="SOURCE", help='"sample", "socratiq", a file, folder, address or Hub id')
     add("--types", type=cli.names, help="only rows of these types; default: all")
     add("--scorer", type=Path, default="runs/scorer", metavar="FOLDER", help="fitted on --data if it is missing")
     add("--scorer-model", default="smollm2", metavar="MODEL", help='language model of a new scorer, or "none"')
@@ -91,9 +91,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--batch-size", type=cli.count, default=16, metavar="N", help="questions sampled at the same time")
     add("--max-prompt-tokens", type=cli.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
     add("--max-new-tokens", type=cli.count, default=64, metavar="TOKENS", help="longest question")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
-    add("--plain", action="store_true", help="leave the engine out: slower, the same questions")
+    cli.add_device_arguments(add, plain="slower, the same questions")
 
     args = parser.parse_args(argv)
     if args.writer is None and (args.api_model or args.base_url):
@@ -243,7 +241,7 @@ def open_writer(args):
     except UserError as error:
         raise UserError(f"{error} (train_sft.py writes runs/sft)".replace("--model", "--policy")) from None
     settings = {name: getattr(args, name) for name in ("seed", "max_prompt_tokens", "max_new_tokens")}
-    return LocalWriter(policy, tokenizer, fingerprint("model", args.policy) or args.policy, args.batch_size, settings)
+    return LocalWriter(policy, tokenizer, fingerprint(args.policy) or args.policy, args.batch_size, settings)
 
 
 def run() -> None:

@@ -31,7 +31,7 @@ def parse_arguments():
     parser = options.Parser(description="PPO: learn to ask questions that the scorer rewards, near the starting model.")
     options.add_model_arguments(parser, model="runs/dpo")
     add = parser.add_argument_group("data and reward").add_argument
-    add("--data", type=options.source, default="sample", help='texts: "sample", "socratiq", a file, a folder')
+    add("--data", default="sample", metavar="SOURCE", help='texts: "sample", "socratiq", a file, a folder')
     add("--held-out", type=options.fraction, default=0.1, help="share of the contexts kept for evaluation")
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward")
     add("--allow-bare-scorer", action="store_true", help="take a scorer without a language model, which PPO soon games")

@@ -33,7 +33,7 @@ def parse_arguments():
     parser = options.Parser(description="SFT: learn to ask questions from (context, question, type) rows.")
     options.add_model_arguments(parser, model="smollm2")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=options.source, default="sample", help='"sample", "socratiq", a file, folder, address or Hub id')
+    add("--data", default="sample", metavar="SOURCE", help='"sample", "socratiq", a file, folder, address or Hub id')
     add("--types", type=options.names, help="only rows of these types; default: all")
     add("--held-out", type=options.fraction, default=0.1, help="share of the contexts kept for evaluation")
     add("--eval-rows", type=options.count, default=128, metavar="ROWS", help="held-out rows evaluated, at most")

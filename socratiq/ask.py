@@ -39,9 +39,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--seed", type=options.zero_or_more, help="the same questions again (default: new ones each time)")
     add("--max-new-tokens", type=options.count, default=64, metavar="TOKENS", help="longest question")
     add("--max-prompt-tokens", type=options.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
-    add("--plain", action="store_true", help="leave the engine out: slower, the same questions")
+    options.add_device_arguments(add, plain="slower, the same questions")
     return parser.parse_args(argv)
 
 

@@ -12,6 +12,7 @@ and drop the quotes of a cell that is quoted in part.
 
 import csv
 import hashlib
+import http.client
 import json
 import math
 import os
@@ -271,7 +272,7 @@ def _read(name: str, location: str) -> Records:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         reason = f"byte 0x{error.object[error.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
         reason = _shorten(str(error).strip("<>"), 200)
     raise UserError(f"{name}: cannot be read ({reason}); correct the file or its name")
 

@@ -40,7 +40,7 @@ def parse_arguments(argv: list[str] | None = None):
     for name in MADE_BY:
         add(f"--{name}", metavar="FOLDER", help=f"default: {name} in that folder")
     add = parser.add_argument_group("texts; default: as --sft was trained").add_argument
-    add("--data", type=options.source, help='"sample", "socratiq", a file, a folder, an address or a Hub id')
+    add("--data", metavar="SOURCE", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
     add("--types", type=options.names, help="only rows of these types; default: all")
     add("--held-out", type=options.fraction, metavar="SHARE", help="share of the texts held out")
     add("--seed", type=options.zero_or_more, metavar="N", help="seed of that split and of the questions")
@@ -50,8 +50,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--max-new-tokens", type=options.count, default=48, metavar="TOKENS", help="longest question")
     add("--max-prompt-tokens", type=options.count, default=512, metavar="TOKENS", help="a longer text loses its tail")
     add("--temperature", type=options.positive, default=1.0, help="of sampling; 1 is that of training")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
+    options.add_device_arguments(add, plain="slower, the same questions")
     add = parser.add_argument_group("grades by an OpenAI-compatible server (key in OPENAI_API_KEY)").add_argument
     add("--judge-api", metavar="NAME", help="model that grades every question; costs money")
     add("--base-url", metavar="URL", help="address, such as http://localhost:8000/v1")

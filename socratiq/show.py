@@ -28,7 +28,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--stage", default="all", choices=["all", "sft", "dpo", "ppo"], help="which to show")
     add("--model", default="smollm2", help='"smollm2", "tiny", a checkpoint folder, or a Hub id')
-    add("--data", default="sample", type=options.source, help='"sample", a file, a folder, an address or a Hub id')
+    add("--data", default="sample", metavar="SOURCE", help='"sample", a file, a folder, an address or a Hub id')
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="PPO's scorer; if it is not there, one is fitted")
     add("--max-new-tokens", type=options.count, default=24, metavar="TOKENS", help="longest PPO sample")
     add("--seed", type=options.zero_or_more, default=0, help="seed of every random draw")

@@ -192,7 +192,7 @@ def test_changed_arguments_and_inputs_are_refused_by_name(scripts, inputs, unint
         assert f"was begun with {option} of content " in says
         path.write_bytes(before)
 
-    (model / "samples.jsonl").write_text("{}")  # says nothing of the model
+    (model / "README.md").write_text("says nothing of the model")
     free = [*arguments, "--checkpoint-every", "7"]
     assert scripts.run(free, cwd=tmp_path)[0] == 0
 

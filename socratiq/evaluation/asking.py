@@ -51,7 +51,7 @@ def ask_models(models: dict[str, str], tasks: list[Task], records: dict[str, lis
     for stage in sorted(models, key=lambda stage: stage == "base"):
         try:
             tokenizer = load_tokenizer(models[stage])
-            policy = load_policy(models[stage], args.device, args.dtype, trainable=False)
+            policy = load_policy(models[stage], args.device, args.dtype, trainable=False, plain=args.plain)
         except UserError as error:
             raise UserError(str(error).replace("--model", f"--{stage}")) from None
         records[stage] = ask(policy, tokenizer, tasks, args, f"{stage} asks")

@@ -15,11 +15,7 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):  # not an Exception, so that no `except Exception` on the way out swallows it
-    """SIGINT or SIGTERM arrived, and everything worth keeping is on the disk. `status` is 130 or 143."""
-
-    def __init__(self, message: str, status: int):
-        super().__init__(message)
-        self.status = status
+    """SIGINT or SIGTERM arrived, and everything worth keeping is on the disk: Stopped(line to say, exit status)."""
 
 
 def main(function) -> None:
@@ -29,7 +25,7 @@ def main(function) -> None:
     is a bug and keeps its traceback.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _on_signal)
+        signal.signal(number, stop_now)
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not UTF-8 shows \u2019 instead of ending the run
         sys.stdout.reconfigure(errors="backslashreplace")
     if not sys.stderr.isatty():
@@ -39,7 +35,7 @@ def main(function) -> None:
     except UserError as error:
         line, status = f"error: {' '.join(str(error).split())}", 2
     except Stopped as stop:
-        line, status = str(stop), stop.status
+        line, status = stop.args
     except BrokenPipeError:  # the reader of our output went away (`... | head`)
         sys.stderr.close()
         sys.exit(1)
@@ -55,25 +51,23 @@ def _system_error(error: Exception) -> tuple[str, int]:
     """The line and exit status for a full disk or a path that cannot be used; "" for any other exception."""
     found = re.search(r"\(os error (\d+)\)", str(error))  # safetensors has the system's number in its text only
     number = int(found[1]) if found else getattr(error, "errno", None)
-    named = getattr(error, "filename", None)
-    path = named or "a file of the output folder"
+    path = getattr(error, "filename", None)
+    where = path or "a file of the output folder"
     if number in FULL_DISK:
-        return f"error: no space left on the disk while writing {path}; free some and run the same command again", 1
-    if (number and (named or found)) or isinstance(error, PermissionError):
-        reason = os.strerror(number or errno.EACCES)
-        return f"error: {path}: {reason}; name another place, or see that this one exists and can be written", 2
+        return f"error: no space left on the disk while writing {where}; free some and run the same command again", 1
+    if number and (path or found or isinstance(error, PermissionError)):
+        reason = os.strerror(number)
+        return f"error: {where}: {reason}; name another place, or see that this one exists and can be written", 2
     return "", 1
 
 
-def _on_signal(number, frame):
-    stop_now(number, frame, "terminated" if number == signal.SIGTERM else "interrupted")
+def stop_now(number: int, frame, then: str = "") -> None:
+    """A signal handler: raise Stopped, or end the process at once while a module is being imported.
 
-
-def stop_now(number: int, frame, message: str) -> None:
-    """For signal handlers: raise Stopped, or end the process at once while a module is being imported.
-
-    Libraries catch exceptions around their imports: some would go on, others print hundreds of lines.
+    Libraries catch exceptions around their imports: some would go on, others print hundreds of lines. `then` follows
+    the line "SIGINT: stopped".
     """
+    message = f"{signal.Signals(number).name}: stopped{then}"
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             os.write(2, f"{message}\n".encode() if speaks() else b"")  # print is not safe in a signal handler

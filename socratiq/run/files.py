@@ -28,15 +28,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     remove(temporary)  # left behind by a kill
     try:
         yield temporary
-    except BaseException:
-        remove(temporary)
-        raise
-    for file in (temporary, *temporary.rglob("*")):
-        sync(file)
-    if temporary.is_dir():
-        remove(path)  # a folder cannot be renamed over a filled one
-    os.replace(temporary, path)
-    sync(path.parent)
+        for file in (temporary, *temporary.rglob("*")):
+            sync(file)
+        if temporary.is_dir():
+            remove(path)  # a folder cannot be renamed over a filled one
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        remove(temporary)  # there only if something went wrong
 
 
 def sync(path: str | Path) -> None:

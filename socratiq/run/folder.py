@@ -40,15 +40,9 @@ LOGS = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 WORK = ("checkpoint.safetensors", "checkpoint-*", ".lock", ".tmp*")
 MODEL = ("config.json", "model*.safetensors*", "adapter")
 
-# Arguments that name a file or folder, and the files of such a folder that the result depends on.
-INPUTS = {
-    "model": ("config.json", "tokenizer*", "model*.safetensors"),
-    "data": ("**/*.csv", "**/*.tsv", "**/*.json", "**/*.jsonl", "**/*.ndjson", "**/*.parquet", "**/*.arrow"),
-    "pairs": (),
-    "scorer": ("scorer.*",),
-    "reward": (),
-}
-BUILT_IN = {"smollm2", "tiny", "sample", "socratiq"}  # names of the project's own, even where a folder has that name
+# Arguments that name a file or folder, and the endings of the files in such a folder that count.
+INPUTS = ("model", "data", "pairs", "scorer", "reward")
+ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".safetensors", ".model"}
 
 
 class Run:
@@ -72,9 +66,11 @@ class Run:
         self.out, self.stage, self.restart = Path(args.out), stage, args.restart
         self.arguments_file = self.out / "train_args.json"
         self.checkpoint_file = self.out / "checkpoint.safetensors"
-        inputs = {name: value for name, value in vars(args).items() if name in INPUTS and value is not None}
-        contents = {name: found for name, value in inputs.items() if (found := fingerprint(name, value))}
-        self.arguments = {"stage": stage, **vars(args), "contents": contents}
+        self.arguments = {"stage": stage, **vars(args)}
+        for name in INPUTS:
+            value = vars(args).get(name)
+            if value and (content := fingerprint(value)):
+                self.arguments[f"{name} of content"] = content
         self.asked_to_stop = 0  # the signal
         self.in_step = False
         self.finished = self._in_first(self._check_folder)
@@ -87,31 +83,26 @@ class Run:
         """Refuse --out unless it is free, or a run of this stage with these arguments. Is the run in it finished?"""
         existing = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
-        before = {"stage": self.stage}
-        if writable and any(self.out.glob("[!.]*")):
-            before = {}
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                before = dict(json.loads(self.arguments_file.read_text()))
+        check(writable, f"--out {self.out}: {existing} is not a folder that can be written; name another place")
         not_model = self.out.resolve() != Path(self.arguments["model"]).resolve()
-        elsewhere = "name another place"
-        check(not_model, f"--out {self.out} is the folder of --model; {elsewhere}")
-        check(writable, f"--out {self.out}: {existing} is not a folder that can be written; {elsewhere}")
+        check(not_model, f"--out {self.out} is the folder of --model; name another place")
+        if not any(self.out.glob("[!.]*")):
+            return False
+        before, now = {}, self.arguments
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            before = dict(json.loads(self.arguments_file.read_text()))
         ours = before.get("stage") == self.stage
-        check(ours, f"--out {self.out} exists and is no run of train_{self.stage}.py; {elsewhere}")
+        check(ours, f"--out {self.out} exists and is no run of train_{self.stage}.py; name another place")
         if self.restart:
             return False
-        self._check_arguments("", before, self.arguments)
-        self._check_arguments(" of content", before.get("contents", {}), self.arguments["contents"])
+        # An argument that only one of them knows belongs to another version of this project.
+        for name in sorted(before.keys() & now.keys() - FREE_ARGUMENTS):
+            says = f"{self.out} was begun with --{name.replace('_', '-')} {before[name]}, now it is {now[name]}"
+            check(before[name] == now[name], f"{says}; use the old one, --restart to begin anew, or another --out")
         finished = (self.out / "summary.json").exists()
         if finished:
             self._remove(*WORK)  # a kill may have come between the summary and this
         return finished
-
-    def _check_arguments(self, kind: str, before: dict, now: dict) -> None:
-        # An argument that only one of them knows belongs to another version of this project.
-        for name in sorted(before.keys() & now.keys() - FREE_ARGUMENTS - {"contents"}):
-            says = f"{self.out} was begun with --{name.replace('_', '-')}{kind} {before[name]}, now it is {now[name]}"
-            check(before[name] == now[name], f"{says}; use the old one, --restart to begin anew, or another --out")
 
     # --- steps
 
@@ -149,8 +140,6 @@ class Run:
             show: figures for the progress bar.
             checkpoint: write one now, beside those every --checkpoint-every steps and after the last step.
         """
-        removed = f"--out {self.out} was removed during the run; run the same command to begin anew"
-        check(self.arguments_file.exists(), removed)
         self.log(step, **metrics)
         memory = peak_memory_mb(self.arguments.get("device", "auto"))
         speed = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_memory_mb": memory}
@@ -167,7 +156,7 @@ class Run:
     def _on_signal(self, number: int, frame) -> None:
         """SIGINT and SIGTERM wait for the end of a step; outside of steps, and the second time, they do not."""
         if self.asked_to_stop or not self.in_step:
-            stop_now(number, frame, f"{signal.Signals(number).name}: stopped; the same command continues")
+            stop_now(number, frame, "; the same command continues")
         self.asked_to_stop = number
         if sys.stderr.isatty():
             os.write(2, b"\nfinishing the step (again to leave at once)\n")  # print is not safe in a signal handler
@@ -299,17 +288,14 @@ def peak_memory_mb(device: str = "auto") -> float:
 READ_LAST = 64 << 20  # bytes of a file of weights: training changes weights everywhere
 
 
-def fingerprint(argument: str, name: str) -> str | None:
-    """Sixteen hexadecimal digits: a hash of the file or folder `name`, the value of this argument.
+def fingerprint(name: str) -> str | None:
+    """Sixteen hexadecimal digits: a hash of the file or folder `name`, or of the module in MODULE:FUNCTION.
 
     None where there is no such file: a Hub id, an address or a built-in name stands for its content.
     """
-    if argument == "reward":  # MODULE:FUNCTION
-        name = name.partition(":")[0].replace(".", "/") + ".py"
-    path, files = Path(name), [Path(name)]
-    if path.is_dir() and name not in BUILT_IN:
-        files = sorted(file for pattern in INPUTS[argument] for file in path.glob(pattern))
-    files = [file for file in files if file.is_file()]
+    path, module = Path(name), Path(name.partition(":")[0].replace(".", "/") + ".py")
+    found = (file for file in [path, *sorted(path.rglob("*"))] if file.suffix.lower() in ENDINGS)
+    files = [file for file in [module, *found] if file.is_file()]
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

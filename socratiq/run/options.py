@@ -72,14 +72,12 @@ def names(text: str) -> list[str]:
 names.metavar = "A,B,C"
 
 
-def source(text: str) -> str:
-    """An argument type for --data. An address with a password is refused, since arguments are written into files."""
-    if "://" in text and "@" in text.split("://", 1)[1].split("/", 1)[0]:
-        raise argparse.ArgumentTypeError("an address must not hold a name or password; download the file and name that")
-    return text
-
-
-source.metavar = "SOURCE"
+def add_device_arguments(add, plain: str = "") -> None:
+    """Where to compute and how precisely; with `plain`, its help, the option that leaves the engine out."""
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
+    if plain:
+        add("--plain", action="store_true", help=f"leave the engine out: {plain}")
 
 
 def add_run_arguments(parser: Parser, out: str) -> None:
@@ -87,9 +85,7 @@ def add_run_arguments(parser: Parser, out: str) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
     add("--seed", type=zero_or_more, default=0, help="seed of every random draw")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
-    add("--plain", action="store_true", help="leave the engine out: one process, slower, the same numbers")
+    add_device_arguments(add, plain="one process, slower, the same numbers")
     add("--deterministic", action="store_true", help="same bytes again on a GPU too, slower (a CPU always does this)")
     add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
     add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")

@@ -9,14 +9,13 @@ def run(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     held_out = "share of the texts kept for evaluation; it learns from the rest less the judge's; 0: from all rows"
     model = 'language model for the second opinion, relatedness and fluency, such as "smollm2"; PPO needs one'
-    add("--data", type=options.source, default="sample", help="rows of context, question and type")
+    add("--data", default="sample", metavar="SOURCE", help="rows of context, question and type")
     add("--out", default="runs/scorer", metavar="FOLDER", help="folder of the scorer")
     add("--model", default="none", help=model)
     add("--held-out", type=options.fraction, default=0.1, metavar="SHARE", help=held_out)
     add("--seed", type=options.zero_or_more, default=0, help="seed of that split")
     add("--folds", type=options.number(int, least=2), default=5, help="of the cross-validation by text")
-    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
+    options.add_device_arguments(add)
     args = parser.parse_args(argv)
 
     from socratiq.data import load_rows
