@@ -41,10 +41,7 @@ def parse_arguments():
     add("--loss", default="sigmoid", choices=["sigmoid", "ipo", "hinge"], help="kind of preference loss")
     add("--beta", type=options.positive, default=0.1, help="how strongly the policy is tied to the reference")
     add(
-        "--label-smoothing",
-        type=options.number(float, least=0, below=0.5),
-        default=0.0,
-        help="share of labels taken to be wrong",
+        "--label-smoothing", type=options.number(least=0, below=0.5), default=0.0, help="share of labels that are wrong"
     )
     add("--sft-coef", type=options.not_negative, default=0.0, help="weight of an SFT loss on the chosen question")
     add("--epochs", type=options.count, default=2, help="passes over the pairs")
@@ -76,35 +73,31 @@ def run_stage():
     from socratiq.batch import make_batch
     from socratiq.data import load_pairs, split_by_context
     from socratiq.losses import dpo_loss, sequence_logps, sft_loss
-    from socratiq.models import load_policy, load_tokenizer, save_policy
+    from socratiq.models import load_policy, load_tokenizer
     from socratiq.policy import token_logprobs
     from socratiq.prompts import encode_completion, encode_pair_prompt
+    from socratiq.saving import save_policy
 
-    # Data: token ids of prompt, chosen and rejected.
+    # Data: token ids of each pair's prompt and two questions, chosen and rejected.
     train_pairs, held_out_pairs = split_by_context(load_pairs(args.pairs), args.held_out, args.seed)
     pairs = train_pairs + training.draw(held_out_pairs, args.eval_rows, args.seed)
     tokenizer = load_tokenizer(args.model)
-    encoded = [
-        (
-            encode_pair_prompt(tokenizer, pair, args.max_prompt_tokens),
-            [encode_completion(tokenizer, pair.chosen), encode_completion(tokenizer, pair.rejected)],
-        )
-        for pair in bar(pairs, desc="tokenising")
-    ]
+    prompts = [encode_pair_prompt(tokenizer, pair, args.max_prompt_tokens) for pair in bar(pairs, desc="tokenising")]
+    questions = [[encode_completion(tokenizer, text) for text in (pair.chosen, pair.rejected)] for pair in pairs]
     train, held_out = range(len(train_pairs)), range(len(train_pairs), len(pairs))
 
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, **options.model_options(args))
-    for pair, (prompt, questions) in zip(pairs, encoded, strict=True):
-        policy.check_length(len(prompt) + max(map(len, questions)), pair.source)
+    for i, pair in enumerate(pairs):
+        policy.check_length(len(prompts[i]) + max(map(len, questions[i])), pair.source)
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
 
     def forward(mine):
         """Sequence log-probs (B, 2) of these pairs, token log-probs and mask (B, 2, C)."""
-        prompts, questions = [encoded[i][0] for i in mine], [encoded[i][1] for i in mine]
         # A process without pairs still has to run the model: on a prompt without questions.
-        batch = make_batch(prompts or [[0]], questions or [[[], []]]).to(policy.device)
+        batch = make_batch([prompts[i] for i in mine] or [[0]], [questions[i] for i in mine] or [[[], []]])
+        batch = batch.to(policy.device)
         logprobs = token_logprobs(policy, batch)["logprobs"][: len(mine)]  # (B, 2, C)
         mask = batch.mask[: len(mine)]
         return sequence_logps(logprobs, mask, average=args.loss == "ipo"), logprobs, mask
@@ -153,8 +146,8 @@ def run_stage():
         # 1. Pairs.
         epoch, place = divmod(step, per_epoch)
         chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
-        chosen.sort(key=lambda i: len(encoded[i][0]))
-        chosen_tokens = sum(len(encoded[i][1][0]) for i in chosen)
+        chosen.sort(key=lambda i: len(prompts[i]))
+        chosen_tokens = sum(len(questions[i][0]) for i in chosen)
 
         # 2. Forward and backward.
         loss, sums = 0.0, torch.zeros(len(FIGURES), device=policy.device)
@@ -173,8 +166,8 @@ def run_stage():
         means = distributed.all_sum(sums) / len(chosen)
         figures = dict(zip(FIGURES, means.tolist(), strict=True)) | {"loss": distributed.all_sum(loss)}
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
-        where, sources = f"dpo step {step + 1}", [pairs[i].source for i in chosen]
-        norm = training.update(policy, optimizer, figures["loss"], lr, args.max_grad_norm, where, sources)
+        this_step, sources = f"dpo step {step + 1}", [pairs[i].source for i in chosen]
+        norm = training.update(policy, optimizer, figures["loss"], lr, args.max_grad_norm, this_step, sources)
         metrics = {**figures, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
         seconds = time.perf_counter() - started
 
@@ -183,15 +176,15 @@ def run_stage():
         if epoch_ends and held_out:
             state["evaluation"] = evaluate()
             metrics |= state["evaluation"]
-        seen = sum(len(encoded[i][0]) + sum(map(len, encoded[i][1])) for i in chosen)  # tokens
+        seen = sum(len(prompts[i]) + sum(map(len, questions[i])) for i in chosen)  # tokens
         progress = {"seconds": seconds, "tokens": seen, "show": {"margin": figures["rewards/margins"]}}
         run.end_step(step + 1, policy, optimizer, metrics, state, **progress, checkpoint=epoch_ends)
 
     save_policy(policy, tokenizer, run.out, args.model)
     evaluation = state.get("evaluation", {})
     run.finish(steps=steps, **evaluation)
-    learnt = "held-out margin {eval/rewards/margins:.3f}, accuracy {eval/rewards/accuracies:.0%} after "
-    learnt = learnt.format(**evaluation) if held_out else ""
+    learnt = "held-out margin {eval/rewards/margins:.3f}, accuracy {eval/rewards/accuracies:.0%}, " if held_out else ""
+    learnt = learnt.format(**evaluation)
     print(f"dpo: {learnt}{steps} updates, model in {run.out}. Next: python train_ppo.py --model {run.out}")
 
 

@@ -7,7 +7,7 @@ Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One i
 
  1. Prompts: contexts of the training split, each with a type drawn at random.
  2. Rollout: K questions a prompt, temperature 1, the full distribution.
- 3. Score: the reward of each question in 0..1, less a penalty if the end-of-sequence token is missing.
+ 3. Scores: the reward model (socratiq/scorer) gives each question one in 0..1; one without an end loses a penalty.
  4. Old log-probs and values from the policy, log-probs from the frozen reference, by the forward that trains.
  5. Rewards per token: - kl_coef * (log pi - log pi_ref), the score added on the last. Advantages by GAE, whitened; or
     by RLOO (Ahmadian et al. 2024), scaled to unit variance.
@@ -36,12 +36,7 @@ def parse_arguments():
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward")
     add("--allow-bare-scorer", action="store_true", help="take a scorer without a language model, which PPO soon games")
     add("--reward", metavar="MODULE:FUNCTION", help="a reward of your own: f(contexts, questions, types) -> floats")
-    add(
-        "--missing-eos-penalty",
-        type=options.not_negative,
-        default=1.0,
-        help="subtracted from the score of a question without EOS",
-    )
+    add("--missing-eos-penalty", type=options.not_negative, default=1.0, help="off the score of an unfinished question")
     add = parser.add_argument_group("rollout").add_argument
     add("--batch-size", type=options.count, default=16, metavar="PROMPTS", help="prompts per iteration")
     add("--samples-per-prompt", type=options.count, default=4, metavar="K", help="questions per prompt")
@@ -62,11 +57,7 @@ def parse_arguments():
     add("--kl-target", type=options.positive, metavar="NATS", help="adapt --kl-coef towards this KL per question")
     add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="a larger one adapts more slowly")
     add(
-        "--target-kl",
-        type=options.positive,
-        default=0.1,
-        metavar="NATS",
-        help="end an update early at this KL from the rollout policy",
+        "--target-kl", type=options.positive, default=0.1, metavar="NATS", help="KL per token that ends an update early"
     )
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     add("--eval-every", type=options.count, default=10, metavar="ITERATIONS", help="between held-out figures")
@@ -94,12 +85,13 @@ def run_stage():
     import torch
 
     from socratiq import losses, training
-    from socratiq.batch import make_batch
+    from socratiq.batch import make_batch, pad_completions
     from socratiq.data import load_rows, split_by_context
-    from socratiq.models import load_policy, load_tokenizer, save_policy
+    from socratiq.models import load_policy, load_tokenizer
     from socratiq.policy import token_logprobs
     from socratiq.prompts import decode, encode_prompt
     from socratiq.sampling import sample
+    from socratiq.saving import save_policy
     from socratiq.scorer.reward import load_reward
     from socratiq.taxonomy import OTHERS
 
@@ -110,8 +102,8 @@ def run_stage():
         prompts: list  # B lists of token ids
         completions: list  # [b][k] lists of token ids
         questions: list  # B * K texts
-        scores: torch.Tensor  # (B, K) the rewards of the questions
-        parts: dict  # name -> (B, K): what each reward is made of
+        scores: torch.Tensor  # (B, K) of the questions
+        parts: dict  # name -> (B * K,): what each score is made of
 
     # Data: contexts only; the questions are the model's own.
     train_rows, held_out_rows = split_by_context(load_rows(args.data), args.held_out, args.seed)
@@ -127,37 +119,29 @@ def run_stage():
     policy.keep_reference()
     distributed.shard(policy)
     types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS, ""})
-    reward = load_reward(args, held_out_contexts, types)
+    reward_model = load_reward(args, held_out_contexts, types)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
 
     def draw_tasks(contexts, count, *purpose):
         """`count` (context, type) tasks, drawn anew for each purpose; no context twice before all were used."""
         draw = training.generator(args.seed, *purpose)
         order = torch.cat([torch.randperm(len(contexts), generator=draw) for _ in range(-(-count // len(contexts)))])
-        types = torch.randint(len(reward.types), (count,), generator=draw).tolist()
-        return [(contexts[i], reward.types[t]) for i, t in zip(order.tolist(), types, strict=False)]
+        types = torch.randint(len(reward_model.types), (count,), generator=draw).tolist()
+        return [(contexts[i], reward_model.types[t]) for i, t in zip(order.tolist(), types, strict=False)]
 
     def roll_out(tasks, samples, *purpose):
-        """Steps 2 and 3: K = `samples` questions to each task, and what the reward says of them."""
+        """Steps 2 and 3: K = `samples` questions for each task, and their scores."""
         prompts = [encode_prompt(tokenizer, context, kind, args.max_prompt_tokens) for context, kind in tasks]
         mine = distributed.share(range(len(tasks)))
+        own = [prompts[b] for b in mine]
         seeds = [training.derive_seed(args.seed, *purpose, b) for b in mine]
-        eos_id, temperature = tokenizer.eos_token_id, args.temperature
+        eos_id = tokenizer.eos_token_id
         with distributed.unsharded(policy):
-            completions = sample(
-                policy,
-                [prompts[b] for b in mine],
-                samples,
-                args.max_new_tokens,
-                eos_id,
-                temperature=temperature,
-                seeds=seeds,
-            )
+            completions = sample(policy, own, samples, args.max_new_tokens, eos_id, args.temperature, seeds)
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
         contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
-        scores, parts = reward(list(contexts), questions, list(types))
-        parts = {name: part.view(len(tasks), samples) for name, part in parts.items()}
+        scores, parts = reward_model(list(contexts), questions, list(types))
         return Rollout(tasks, prompts, completions, questions, scores.view(len(tasks), samples), parts)
 
     def batch_of(rollout, chosen):
@@ -185,52 +169,52 @@ def run_stage():
         return {"eval/scores": rollout.scores.mean().item(), "eval/eos_rate": sum(ended) / len(ended)}
 
     # Loop.
-    minibatch = math.ceil(args.batch_size / args.minibatches)  # prompts
+    prompts_per_forward = math.ceil(args.batch_size / args.minibatches)
     kl_control = losses.AdaptiveKL(args.kl_coef, args.kl_target or 1.0, args.kl_horizon)
-    state = run.load(policy, optimizer) or {"kl_coef": args.kl_coef, "evaluation": {}, "history": []}
+    state = run.load(policy, optimizer) or {"kl_coef": args.kl_coef}
     kl_control.value = state["kl_coef"]
     if "step" not in state and held_out_contexts:
-        state["evaluation"] = evaluate(0)
-        run.log(0, **state["evaluation"])
+        state["first"] = state["last"] = evaluate(0)
+        run.log(0, **state["first"])
     for step in run.steps(state.get("step", 0), args.steps):
         started = time.perf_counter()
-        where = f"ppo step {step + 1}"
+        this_step = f"ppo step {step + 1}"
 
         # 1. Prompts. 2. Questions. 3. Scores.
         tasks = draw_tasks(train_contexts, args.batch_size, "tasks", step)
         rollout = roll_out(tasks, args.samples_per_prompt, "samples", step)
-        grid = make_batch([[0]] * len(tasks), rollout.completions).to(policy.device)  # for tokens and mask; never run
-        tokens, mask, raw_scores = grid.tokens, grid.mask, rollout.scores.to(policy.device)
+        tokens, mask = (x.to(policy.device) for x in pad_completions(rollout.completions))  # (B, K, C)
+        raw_scores = rollout.scores.to(policy.device)  # (B, K)
         names = [f"{sources[context]} asked for {kind}" for context, kind in tasks]
-        training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, where, names)
+        training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, this_step, names)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
         equal = (raw_scores == raw_scores[:, :1]).all(-1)  # (B,) prompts whose K rewards are the same
         if (raw_scores == raw_scores[0, 0]).all() and not state.get("warned"):
             state["warned"] = True
-            warn(f"{where}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
+            warn(f"{this_step}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
 
         # 4. Log-probs of policy and reference, values.
         if critic and step == 0:
             with torch.no_grad():
                 policy.value_head.bias.fill_(scores.mean().item())  # the critic begins as the constant baseline
-        old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "reference")}
+        old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "ref_logprobs")}
         with torch.no_grad():
-            for start in range(0, len(tasks), minibatch):
-                mine, batch = batch_of(rollout, range(start, min(start + minibatch, len(tasks))))
+            for chosen in torch.arange(len(tasks)).split(prompts_per_forward):
+                mine, batch = batch_of(rollout, chosen.tolist())
                 found = token_logprobs(policy, batch, args.temperature, watch=True)
                 with policy.reference():
-                    found["reference"] = token_logprobs(policy, batch, args.temperature)["logprobs"]
+                    found["ref_logprobs"] = token_logprobs(policy, batch, args.temperature)["logprobs"]
                 for name, x in found.items():
                     old[name][mine, :, : x.shape[-1]] = x[: len(mine)]
         old = {name: distributed.all_sum(x) for name, x in old.items()}  # each process had its rows, the rest was zero
 
         # 5. Rewards and advantages.
-        rewards = losses.shape_rewards(scores, old["logprobs"], old["reference"], mask, kl_control.value)
+        rewards = losses.shape_rewards(scores, old["logprobs"], old["ref_logprobs"], mask, kl_control.value)
         if critic:
             advantages, returns = losses.gae(rewards, old["values"], mask, args.gamma, args.lam)
         else:
             advantages = returns = losses.rloo(rewards, mask)
-        training.check_finite({"the sum of the advantages": advantages.sum().item()}, where, names)
+        training.check_finite({"the sum of the advantages": advantages.sum().item()}, this_step, names)
         advantages = losses.whiten(advantages, mask, shift_mean=critic)  # RLOO's are centred per prompt: scale only
 
         # 6. Update.
@@ -263,19 +247,19 @@ def run_stage():
                 ratio_error = ((ratio - 1).abs() * mb_mask).max().item()
             figures = distributed.all_sum({**figures, "loss": loss.detach()})
             mb_loss, mb_names = float(figures.pop("loss")), [names[b] for b in chosen]
-            norm = training.update(policy, optimizer, mb_loss, lr, args.max_grad_norm, where, mb_names)
+            norm = training.update(policy, optimizer, mb_loss, lr, args.max_grad_norm, this_step, mb_names)
             updates.append({**figures, "grad_norm": norm})
             if figures["policy/approxkl"] > args.target_kl:
                 break  # the policy has moved far enough from the one that wrote the questions
         seconds = time.perf_counter() - started
 
         # Figures.
-        kl = losses.kl_estimate(old["logprobs"], old["reference"], "k1", mask).sum(-1).mean()  # nats per question
-        k3 = losses.kl_estimate(old["logprobs"], old["reference"], "k3", mask).sum(-1).mean()
+        logprobs = old["logprobs"], old["ref_logprobs"]
+        kl, kl_k3 = (losses.kl_estimate(*logprobs, kind, mask).sum(-1).mean() for kind in ("k1", "k3"))  # per question
         metrics = {name: sum(float(figures[name]) for figures in updates) / len(updates) for name in updates[0]}
         metrics |= {
             "objective/kl": kl,
-            "objective/kl_k3": k3,
+            "objective/kl_k3": kl_k3,
             "objective/kl_coef": kl_control.value,
             "objective/scores": raw_scores.mean(),
             "objective/scores_std": raw_scores.std() if raw_scores.numel() > 1 else 0.0,
@@ -295,27 +279,23 @@ def run_stage():
         if args.kl_target:
             kl_control.update(kl, samples=raw_scores.numel())
         if held_out_contexts and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
-            state["evaluation"] = evaluate(step + 1)
-            metrics |= state["evaluation"]
+            state["last"] = evaluate(step + 1)
+            metrics |= state["last"]
         best_first = raw_scores.flatten().argsort(descending=True).tolist()
         picked = best_first[0], best_first[len(best_first) // 2], best_first[-1]  # best, median, worst
         for line in keep_samples(step + 1, "train", rollout, picked):
             if step % 5 == 0 or step + 1 == args.steps:
                 run.progress.write(line)
         state["kl_coef"] = kl_control.value
-        state["history"].append(raw_scores.mean().item())
         seen = int(mask.sum()) + sum(map(len, rollout.prompts))  # tokens
-        show = {"score": raw_scores.mean(), "kl": kl}
-        run.end_step(step + 1, policy, optimizer, metrics, state, seconds=seconds, tokens=seen, show=show)
+        progress = {"seconds": seconds, "tokens": seen, "show": {"score": raw_scores.mean(), "kl": kl}}
+        run.end_step(step + 1, policy, optimizer, metrics, state, **progress)
 
     save_policy(policy, tokenizer, run.out, args.model)
-    quarter = max(1, args.steps // 4)
-    first, last = (sum(part) / quarter for part in (state["history"][:quarter], state["history"][-quarter:]))
-    run.finish(steps=args.steps, scores_first_quarter=first, scores_last_quarter=last, **state["evaluation"])
-    print(
-        f"ppo: mean score {first:.3f} in the first quarter, {last:.3f} in the last, model in {run.out}. "
-        f"Next: python -m socratiq.report {run.out.parent}"
-    )
+    run.finish(steps=args.steps, **state.get("last", {}))
+    learnt = "held-out score {first[eval/scores]:.3f} -> {last[eval/scores]:.3f}, " if held_out_contexts else ""
+    learnt = learnt.format(**state)
+    print(f"ppo: {learnt}{args.steps} iterations, model in {run.out}. Next: python -m socratiq.report {run.out.parent}")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ def run_stage():
     from socratiq.batch import make_batch
     from socratiq.data import load_rows, split_by_context
     from socratiq.losses import sft_loss
-    from socratiq.models import load_policy, load_tokenizer, save_policy
+    from socratiq.models import load_policy, load_tokenizer
     from socratiq.policy import token_logprobs
     from socratiq.prompts import encode_completion, encode_prompt
+    from socratiq.saving import save_policy
     from socratiq.taxonomy import OTHERS
 
     # Data: token ids of prompt and question, tokenised apart.
@@ -77,33 +78,30 @@ def run_stage():
     train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     rows = train_rows + training.draw(held_out_rows, args.eval_rows, args.seed)
     tokenizer = load_tokenizer(args.model)
-    encoded = [
-        (
-            encode_prompt(tokenizer, row.context, row.type, args.max_prompt_tokens),
-            encode_completion(tokenizer, row.question),
-        )
-        for row in bar(rows, desc="tokenising")
-    ]
+    limit = args.max_prompt_tokens
+    prompts = [encode_prompt(tokenizer, row.context, row.type, limit) for row in bar(rows, desc="tokenising")]
+    questions = [encode_completion(tokenizer, row.question) for row in rows]
     train, held_out = range(len(train_rows)), range(len(train_rows), len(rows))
 
     # Model and optimiser.
     policy = load_policy(args.model, args.device, args.dtype, **options.model_options(args))
-    for row, (prompt, question) in zip(rows, encoded, strict=True):
-        policy.check_length(len(prompt) + len(question), f"{row.source} under --max-prompt-tokens")
+    lengths = [len(prompt) + len(question) for prompt, question in zip(prompts, questions, strict=True)]
+    for row, length in zip(rows, lengths, strict=True):
+        policy.check_length(length, f"{row.source} under --max-prompt-tokens")
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
 
     def batch_of(chosen):
         """The batch of these row indices; of several processes each has its part."""
         mine = distributed.share(chosen)
-        prompts, questions = [encoded[i][0] for i in mine], [[encoded[i][1]] for i in mine]
         # A process without rows still has to run the model: on a prompt without a question.
-        return make_batch(prompts or [[0]], questions or [[[]]]).to(policy.device)
+        batch = make_batch([prompts[i] for i in mine] or [[0]], [[questions[i]] for i in mine] or [[[]]])
+        return batch.to(policy.device)
 
     @torch.no_grad()
     def evaluate():
         """Mean loss per question token over the held-out rows."""
-        loss, tokens = 0.0, sum(len(encoded[i][1]) for i in held_out)
+        loss, tokens = 0.0, sum(len(questions[i]) for i in held_out)
         for start in range(held_out.start, held_out.stop, args.batch_size):
             batch = batch_of(range(start, min(start + args.batch_size, held_out.stop)))
             loss += sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask, tokens).item()
@@ -123,8 +121,8 @@ def run_stage():
         # 1. Rows.
         epoch, place = divmod(step, per_epoch)
         chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
-        chosen.sort(key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
-        tokens = sum(len(encoded[i][1]) for i in chosen)
+        chosen.sort(key=lambda i: lengths[i])
+        tokens = sum(len(questions[i]) for i in chosen)
 
         # 2. Forward and backward.
         loss = 0.0
@@ -148,8 +146,7 @@ def run_stage():
         if epoch_ends and held_out:
             state["last_loss"] = evaluate()
             metrics |= {"eval/loss": state["last_loss"], "eval/perplexity": training.perplexity(state["last_loss"])}
-        seen = sum(len(encoded[i][0]) + len(encoded[i][1]) for i in chosen)  # tokens
-        progress = {"seconds": seconds, "tokens": seen, "show": {"loss": loss}}
+        progress = {"seconds": seconds, "tokens": sum(lengths[i] for i in chosen), "show": {"loss": loss}}
         run.end_step(step + 1, policy, optimizer, metrics, state, **progress, checkpoint=epoch_ends)
 
     save_policy(policy, tokenizer, run.out, args.model)

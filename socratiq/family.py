@@ -2,7 +2,7 @@
 
 The project runs several sequences as one (batch.py), with attention of its own, and reads log-probs from the trunk and
 the head. A family with recurrent layers, with logits changed after the head, or with dropout that cannot be switched
-off would be silently wrong. So a few tokens go through transformers' own forward too, one sequence at a time.
+off would be silently wrong. So a few tokens go through transformers' own forward too, in sequences of their own.
 """
 
 from __future__ import annotations
@@ -41,34 +41,30 @@ def largest_difference(policy: Policy) -> float:
     """The largest difference of any token's log-prob, in nats."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = policy.lm.get_input_embeddings().num_embeddings
-    lengths = [2, 1, 2, 2, 3]  # common start, the rest of two prompts, and a completion of each
-    start, *parts = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in lengths)
-    prompts = [start + parts[0], start + parts[1]]
+    start, *rest = (torch.randint(vocabulary, (length,), generator=draw).tolist() for length in (2, 2, 2, 4, 4))
+    prompts = [start + rest[0], start + rest[1]]
     greedy = [row[0] for row in sample(policy, prompts, 1, NEW_TOKENS, eos_id=-1, temperature=0)]
-    completions = [[greedy[0], parts[2]], [greedy[1], parts[3]]]
+    completions = [[greedy[0], rest[2]], [greedy[1], rest[3]]]
     logprobs = token_logprobs(policy, make_batch(prompts, completions).to(policy.device))["logprobs"]  # (2, 2, C)
     trained = list(policy.trainable().values())
     if trained:  # some families fail in the backward pass only
         torch.autograd.grad(logprobs.sum(), trained[:1], allow_unused=True)
-    implementation, found = policy.lm.config._attn_implementation, []
-    policy.lm.set_attn_implementation("eager")
-    try:
-        for b, prompt in enumerate(prompts):
-            for k, completion in enumerate(completions[b]):
-                own = own_logprobs(policy, prompt, completion)  # (T, V)
-                of_tokens = own.gather(1, torch.tensor(completion, device=own.device)[:, None])[:, 0]
-                found.append((of_tokens - logprobs[b, k, : len(completion)]).abs().max().item())
-                if k == 0:  # no token is likelier than the one that the sampler drew
-                    found.append((own.max(-1).values - of_tokens).max().item())
-    finally:
-        policy.lm.set_attn_implementation(implementation)
-    return max(found)
+    sequences = [prompt + completion for prompt, row in zip(prompts, completions, strict=True) for completion in row]
+    own = own_logprobs(policy, torch.tensor(sequences, device=policy.device))[:, -NEW_TOKENS:]  # (4, C, V)
+    own = own.unflatten(0, (2, 2))  # (2, 2, C, V)
+    of_tokens = own.gather(-1, torch.tensor(completions, device=own.device)[..., None])[..., 0]
+    unlikely = (own.max(-1).values - of_tokens)[:, 0]  # no token is likelier than the one that the sampler drew
+    return max((of_tokens - logprobs).abs().max().item(), unlikely.max().item())
 
 
 @torch.no_grad()
-def own_logprobs(policy: Policy, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """log-softmax (T, V) at each completion token, by transformers' own forward of one sequence."""
-    with policy.precision():
-        ids = torch.tensor([prompt + completion], device=policy.device)
-        logits = policy.lm(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+def own_logprobs(policy: Policy, sequences: torch.Tensor) -> torch.Tensor:
+    """log-softmax (N, T - 1, V) of the next token, by transformers' own forward. sequences (N, T), no padding."""
+    implementation = policy.lm.config._attn_implementation
+    policy.lm.set_attn_implementation("eager")
+    try:
+        with policy.precision():
+            logits = policy.lm(input_ids=sequences, use_cache=False).logits[:, :-1]
+    finally:
+        policy.lm.set_attn_implementation(implementation)
     return logits.float().log_softmax(-1)

@@ -6,14 +6,11 @@ base model back: that is the frozen reference of DPO and PPO, at no memory.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
 ROUTERS = ("gate", "router")  # of a mixture of experts: they choose, and are left as they were trained
@@ -67,20 +64,6 @@ def enable(model: nn.Module, enabled: bool) -> None:
         adapter.enabled = enabled
 
 
-def state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state dict; a weight quantised to 4 bits stands in it as the numbers that its forward pass uses."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        quantised = getattr(getattr(module, "weight", None), "quant_state", None)
-        if quantised is not None:
-            from bitsandbytes.functional import dequantize_4bit
-
-            for key in [key for key in state if key.startswith(f"{name}.weight.")]:  # scales and tables
-                del state[key]
-            state[f"{name}.weight"] = dequantize_4bit(module.weight.data, quantised)
-    return state
-
-
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of the plain model, made from the adapted model's: adapters are added into their weights.
 
@@ -91,28 +74,3 @@ def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[
         weight, a, b = (state.pop(f"{name}.{part}") for part in ("base.weight", "lora_A", "lora_B"))
         state[f"{name}.weight"] = (weight.float() + adapter.scale * (b @ a)).cpu()
     return {name.replace(".base.", "."): tensor for name, tensor in state.items()}
-
-
-def save_adapter(model: nn.Module, state: dict[str, torch.Tensor], folder: Path, base_name: str) -> None:
-    """Write the adapters of a state dict in PEFT's file format: adapter_model.safetensors and adapter_config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors, targets = {}, set()
-    for name, adapter in adapters(model):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = state[f"{name}.lora_A"].contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = state[f"{name}.lora_B"].contiguous()
-        targets.add(name.rsplit(".", 1)[-1])
-        rank = state[f"{name}.lora_A"].shape[0]
-        alpha = adapter.scale * rank
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(targets),
-        "inference_mode": True,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

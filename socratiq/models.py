@@ -1,4 +1,4 @@
-"""Models: open one as a policy, and write it back as a plain Hugging Face folder.
+"""Models: open one as a policy. saving.py writes it back as a plain Hugging Face folder.
 
 This is the one module of the core that calls the engine: `load_policy` puts faster twins into the policy, unless it is
 asked for a plain one.
@@ -6,11 +6,8 @@ asked for a plain one.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import huggingface_hub
@@ -22,14 +19,11 @@ from socratiq import builtin, lora
 from socratiq.engine import distributed, speed_up
 from socratiq.family import check_family
 from socratiq.policy import Policy
-from socratiq.run.errors import UserError, bar
-from socratiq.run.files import remove, replacing, sync
+from socratiq.run.errors import UserError, first_line
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 huggingface_hub.utils.logging.set_verbosity_error()  # no line for every attempt to reach the Hub
-
-# --- opening --------------------------------------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
@@ -192,7 +186,7 @@ def load_tokenizer(name: str):
 def resolve(name: str) -> str:
     """A folder or Hub id that transformers opens; the two built-in names are made in the cache first."""
     if name in ("smollm2", "tiny"):
-        return str(distributed.first(lambda: built_in(name)))
+        return str(distributed.first(lambda: builtin.folder_of(name)))
     folder = Path(name)
     if name and folder.is_dir():
         if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
@@ -206,84 +200,3 @@ def resolve(name: str) -> str:
             f"--model {name}: no such folder; name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
         )
     return name
-
-
-def built_in(name: str) -> Path:
-    """The folder of a built-in model, which is made at the first use: $SOCRATIQ_CACHE, or in the user's cache."""
-    try:
-        cache = os.environ.get("SOCRATIQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "socratiq")
-        folder = Path(cache).expanduser() / name
-        if not (folder / "config.json").exists():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder.parent).close()
-    except (OSError, RuntimeError) as error:  # read-only, or no home folder
-        says = f"no place for the built-in models ({first_line(error)})"
-        raise UserError(f"{says}; set SOCRATIQ_CACHE to a folder that can be written") from None
-    if not (folder / "config.json").exists():
-        with bar(total=2, desc=f"making {name}, once") as progress, replacing(folder) as temporary:
-            lm, tokenizer = getattr(builtin, name)()
-            progress.update()
-            save_model(lm, lm.state_dict(), tokenizer, temporary)
-    return folder
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- saving ---------------------------------------------------------------------------------------------------------
-
-
-def save_model(lm: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer, folder: Path) -> None:
-    """Write a plain Hugging Face checkpoint: safetensors, config, generation config, tokenizer.
-
-    `state` is the state dict of the model without adapters. EOS becomes the one that was trained, so that `generate`
-    stops there too.
-    """
-    lm.hf_quantizer = None  # the state is dequantised
-    if hasattr(lm.config, "quantization_config"):
-        del lm.config.quantization_config
-    stops_at_eos(lm, tokenizer.eos_token_id)
-    if lm.config.tie_word_embeddings:  # gathered from several processes, the two are no longer one tensor
-        state.pop("lm_head.weight", None)
-    lm.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-    # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.
-    lm.config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))
-    lm.config.save_pretrained(folder)
-
-
-def stops_at_eos(lm: PreTrainedModel, eos_id: int) -> None:
-    """Let the saved configs name `eos_id` first, and hold no sampling options that transformers would refuse."""
-    for config in (lm.config, lm.generation_config):
-        ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        others = [other for other in ids if other not in (None, eos_id)]
-        config.eos_token_id = [eos_id, *others] if isinstance(config.eos_token_id, list) else eos_id
-    if not lm.generation_config.do_sample:  # a published temperature beside it makes save_pretrained raise
-        lm.generation_config.temperature = lm.generation_config.top_p = lm.generation_config.top_k = None
-
-
-def save_policy(policy: Policy, tokenizer, folder: str | Path, base_name: str) -> None:
-    """Write the policy into `folder` as a plain checkpoint, adapters merged, and the adapter alone under adapter/.
-
-    Every file is written beside the folder first and moved in when all are complete; config.json, without which the
-    folder is no model, comes last.
-    """
-    state = distributed.gather(lora.state_dict(policy.lm))
-    if distributed.rank() > 0:
-        return
-    folder = Path(folder)
-    partial = folder / ".model.partial"
-    remove(partial)
-    save_model(policy.lm, lora.merged_state_dict(policy.lm, state), tokenizer, partial)
-    remove(folder / "adapter")
-    if any(lora.adapters(policy.lm)):
-        lora.save_adapter(policy.lm, state, partial / "adapter", base_name)
-    for file in (file for file in partial.rglob("*") if file.is_file()):
-        shutil.copymode(partial / "config.json", file)  # safetensors lets nobody else read what it writes
-        sync(file)
-    for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
-        os.replace(file, folder / file.name)
-    partial.rmdir()
-    sync(folder)

@@ -117,19 +117,19 @@ def token_logprobs(
     Returns "logprobs" (B, K, C) float32, 0 where the mask is 0, and in the same shape "values" if the policy has a
     value head and the "entropy" of each distribution, without gradients, if it is to be watched.
     """
-    scored = batch.mask.bool()
+    completion = batch.mask.bool()
     attend = policy.twin(RowAttention)(batch.rows)
     with policy.precision():
         hidden = policy.hidden(batch.input_ids, batch.position_ids, attend, batch.read)  # (M, H)
-        found = policy.twin(score_tokens)(policy.lm.lm_head, hidden, batch.tokens[scored], temperature, watch)
+        found = policy.twin(head_logprobs)(policy.lm.lm_head, hidden, batch.tokens[completion], temperature, watch)
     if policy.value_head is not None:
         # States of norm 1: at smollm2's norm of 43 one step of Adam moves V by more than all rewards. Detached: a
         # critic that foresees nothing must not pull the trunk.
         found["values"] = policy.value_head(F.normalize(hidden.detach().float(), dim=-1)).squeeze(-1)  # (M,)
-    return {name: torch.zeros_like(batch.mask).masked_scatter(scored, x) for name, x in found.items()}  # (B, K, C)
+    return {name: torch.zeros_like(batch.mask).masked_scatter(completion, x) for name, x in found.items()}  # (B, K, C)
 
 
-def score_tokens(lm_head, hidden, tokens, temperature: float, watch: bool) -> dict[str, torch.Tensor]:
+def head_logprobs(lm_head, hidden, tokens, temperature: float, watch: bool) -> dict[str, torch.Tensor]:
     """The head on the states (M, H) that predict the tokens (M,) -> "logprobs" (M,) and, to `watch`, "entropy" (M,)."""
     logits = lm_head(hidden) / temperature  # (M, V)
     found = {"logprobs": gather_logprobs(logits, tokens)}

@@ -32,8 +32,9 @@ def poisoned(tmp_path_factory) -> Path:
     """A model that turns to NaN on every text with a snowman in it, and on no other."""
     import torch
 
-    from socratiq.models import load_tokenizer, open_model, save_model
+    from socratiq.models import load_tokenizer, open_model
     from socratiq.prompts import plain_ids
+    from socratiq.saving import save_model
 
     folder = tmp_path_factory.mktemp("poisoned") / "model"
     tokenizer, lm = load_tokenizer("tiny"), open_model("tiny", torch.float32)

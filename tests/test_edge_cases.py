@@ -109,7 +109,8 @@ def short(tmp_path_factory) -> Path:
     """A model made for 150 positions; a prompt of the tests takes about 140."""
     import torch
 
-    from socratiq.models import load_tokenizer, open_model, save_model
+    from socratiq.models import load_tokenizer, open_model
+    from socratiq.saving import save_model
 
     folder = tmp_path_factory.mktemp("short") / "model"
     lm = open_model("tiny", torch.float32)

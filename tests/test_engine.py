@@ -10,10 +10,10 @@ from small import EOS, small_policy, small_rows, stir
 
 from socratiq import lora
 from socratiq.batch import RowAttention, make_batch
-from socratiq.engine import attention, padding, scoring, speed_up
+from socratiq.engine import attention, head, padding, speed_up
 from socratiq.engine.packed import can_pack, packed
 from socratiq.models import load_policy, load_tokenizer
-from socratiq.policy import Policy, score_tokens, token_logprobs
+from socratiq.policy import Policy, head_logprobs, token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
 
@@ -132,7 +132,7 @@ def test_attention_of_rows(twin, samples, shared):
 
 @pytest.mark.parametrize("count", [4, 5, 13])
 def test_the_head_in_chunks(monkeypatch, count):
-    monkeypatch.setattr(scoring, "CHUNK", 5)
+    monkeypatch.setattr(head, "CHUNK", 5)
     lm_head, tokens = torch.nn.Linear(8, 30, bias=False), torch.arange(count)
     inputs = numbers(count, 8), lm_head.weight
     for name in ("logprobs", "entropy"):
@@ -140,7 +140,7 @@ def test_the_head_in_chunks(monkeypatch, count):
         def score(function, hidden, name=name):
             return function(lm_head, hidden, tokens, 0.7, True)[name] + 0 * hidden.sum() + 0 * lm_head.weight.sum()
 
-        compare(lambda x, _: score(scoring.score_in_chunks, x), lambda x, _: score(score_tokens, x), inputs)
+        compare(lambda x, _: score(head.in_chunks, x), lambda x, _: score(head_logprobs, x), inputs)
 
 
 # ------------------------------------------------------------------------------------------------------ padding

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from socratiq import lora, policy
 from socratiq.family import check_family, largest_difference
-from socratiq.models import load_policy, load_tokenizer, save_policy
+from socratiq.models import load_policy, load_tokenizer
 from socratiq.run.errors import UserError
+from socratiq.saving import save_policy
 
 SHAPE = {
     "hidden_size": 32,

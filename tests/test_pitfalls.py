@@ -22,10 +22,11 @@ from socratiq import lora, losses
 from socratiq import models as model
 from socratiq.batch import make_batch
 from socratiq.data import load_pairs, load_rows, split_by_context
-from socratiq.models import load_policy, load_tokenizer, save_model, save_policy
+from socratiq.models import load_policy, load_tokenizer
 from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
+from socratiq.saving import save_model, save_policy, whole_state_dict
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -95,7 +96,7 @@ def test_merged_weights(tmp_path):
     stir(policy)
     save_policy(policy, tokenizer, tmp_path / "model", "tiny")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    ours = lora.merged_state_dict(policy.lm, lora.state_dict(policy.lm))
+    ours = lora.merged_state_dict(policy.lm, whole_state_dict(policy.lm))
     assert ours.keys() == theirs.keys()
     assert {x.dtype for x in ours.values()} == {torch.float32, torch.bfloat16}
     for name, weight in ours.items():

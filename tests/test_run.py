@@ -316,13 +316,13 @@ def test_a_signal_ends_the_process_in_one_line_also_amid_imports(number, status,
 
 
 def test_a_place_for_the_built_in_models_is_asked_for(monkeypatch, tmp_path):
-    from socratiq.models import built_in
+    from socratiq.builtin import folder_of
 
     for name in ("XDG_CACHE_HOME", "SOCRATIQ_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
     with pytest.raises(UserError, match=r"set SOCRATIQ_CACHE to a folder that can be written$"):
-        built_in("tiny")
+        folder_of("tiny")
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where there is no home folder at all
     with pytest.raises(UserError, match="set SOCRATIQ_CACHE"):
-        built_in("tiny")
+        folder_of("tiny")

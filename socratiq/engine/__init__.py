@@ -1,4 +1,4 @@
-"""The engine: the same numbers as the plain core, faster or on more devices. Deleting it leaves a working project.
+"""The engine: the same numbers as the plain core, faster or on more devices. `--plain` leaves it out.
 
 A policy has `twins`, a table from a plain function or class of the core to a faster one; layers of a known kind get a
 faster `forward`. bench/RESULTS.md, "Rent of the engine", says what each piece gives.
@@ -12,12 +12,12 @@ def speed_up(policy, device) -> None:
     import torch
 
     from socratiq.batch import RowAttention
-    from socratiq.engine import attention, cache, fused, packed, padding, scoring
-    from socratiq.policy import score_tokens
+    from socratiq.engine import attention, cache, fused, head, packed, padding
+    from socratiq.policy import head_logprobs
     from socratiq.sampling import Cache, decode_all
 
     fused.fuse(policy.lm)
-    policy.twins[score_tokens] = scoring.score_in_chunks
+    policy.twins[head_logprobs] = head.in_chunks
     if device.type == "cpu":
         policy.twins |= {RowAttention: attention.ShortRows, decode_all: packed.decode_all}
         if policy.autocast:

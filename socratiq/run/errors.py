@@ -92,6 +92,11 @@ def speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def bar(iterable=None, **options):
     """tqdm that keeps quiet when the output is not a terminal."""
     from tqdm import tqdm
