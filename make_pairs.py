@@ -275,7 +275,7 @@ def run() -> None:
         return show_plan([Request(job.key, 1, writer.body(job)) for job in jobs if not job.dropped], args)
 
     # (c) Write and (d) verify, in rounds.
-    log = AnswerLog(args.answers, writer.model, writer.max_tokens, args.max_requests, args.max_usd, args.usd_per_mtok)
+    log = AnswerLog(args.answers, writer.model, args.max_requests, args.max_usd, args.usd_per_mtok)
     before = log.requests
     for number in range(1, args.max_attempts + 1):
         waiting = [job for job in jobs if not (job.rejected or job.dropped)]
@@ -291,8 +291,8 @@ def run() -> None:
     found = scorer.strengths([job.row.context for job in kept], [job.rejected for job in kept]).tolist()
     pairs = []
     for job, strengths in zip(kept, found, strict=True):
-        strengths = dict(zip(scorer.types, strengths, strict=True))
-        pairs += pairs_of(job, strengths, split[job.row.context], writer.name, args)
+        by_type = dict(zip(scorer.types, strengths, strict=True))
+        pairs += pairs_of(job, by_type, split[job.row.context], writer.name, args)
     dropped = [job.without_pair() for job in jobs if not job.rejected]
     used = f"{log.prompt_tokens:,} prompt and {log.completion_tokens:,} answer tokens, {log.usd:.4f} USD"
     print(f"{writer.name}: {log.requests - before} requests now, {log.requests} in all, {used}")

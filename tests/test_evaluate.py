@@ -254,7 +254,7 @@ def test_a_wrong_model_and_a_missing_key_are_said(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
         api_judge.grade({}, [], grading(None, tmp_path))
-    with FaultServer(["404"]) as server, pytest.raises(UserError, match="--judge-api"):
+    with FaultServer(["404"]) as server, pytest.raises(UserError, match="there is no model"):
         api_judge.grade({"sft": records("Why?")}, ["A text."], grading(server.url, tmp_path))
 
 

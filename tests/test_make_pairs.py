@@ -87,10 +87,11 @@ GOOD = "How are dogs and cats alike?"
         ("Does it stutter stutter stutter?", "stutters"),
         ("Dogs are better.", "not a question"),
         ("What do you mean by a better cat?", "equal to the chosen question"),
-        (Answer("I cannot help.", "refusal"), "refused to answer"),
-        (Answer("", "content_filter"), "stopped by the content filter"),
-        (Answer("", "empty"), "empty"),
-        (Answer("What would", "length"), "cut off (not a question)"),
+        (Answer("I cannot help.", "refusal"), "finish_reason refusal: not a question"),
+        (Answer("", "content_filter"), "finish_reason content_filter: empty"),
+        (Answer("", "empty"), "finish_reason empty: empty"),
+        (Answer("What would", "length"), "finish_reason length: not a question"),
+        (Answer(GOOD, "length"), ""),
     ],
 )
 def test_verify(answer, flaw):
@@ -378,7 +379,7 @@ def test_a_polite_stop_loses_nothing(reference, start, run, tmp_path, number, st
 
 @pytest.mark.parametrize(
     ("fault", "says"),
-    [("401", "OPENAI_API_KEY"), ("quota", "quota"), ("404", "--api-model"), ("wordless", "--api-max-t")],
+    [("401", "OPENAI_API_KEY"), ("quota", "quota"), ("404", "no model 'gpt-4o-mini'"), ("wordless", "--api-max-t")],
 )
 def test_hopeless_servers_end_the_run_with_one_line(run, tmp_path, fault, says):
     with FaultServer(["ok", "ok", *[fault] * 99]) as server:

@@ -106,7 +106,7 @@ def test_retry_after_is_obeyed():
         ("quota", "quota of this account is used up .*exceeded your current quota"),
         ("200 no credit", "used up .*add credit first"),
         ("403", "may not do that"),
-        ("404", "'some-model'.*--api-model"),
+        ("404", "no model 'some-model', or --base-url is wrong"),
     ],
 )
 def test_hopeless_at_once(fault, says):
@@ -339,27 +339,6 @@ def test_the_log_gives_back_what_it_was_given(tmp_path):
     again.file.close()
     other_model = AnswerLog(path, "n")
     assert other_model.get(request()) is None and other_model.requests == 0
-
-
-def test_an_answer_cut_off_at_a_lower_limit_is_asked_for_again(tmp_path):
-    path = tmp_path / "a.jsonl"
-
-    def opened(max_tokens):
-        return AnswerLog(path, "m", max_tokens=max_tokens)
-
-    log = opened(200)
-    log.add([request(), request(attempt=2)], [Answer("", "length", 5, 200), Answer("Why?", "stop", 5, 9)])
-    log.file.close()
-    log = opened(200)  # the same limit: the same answer, for nothing
-    assert log.get(request()).finish == "length"
-    log.file.close()
-    log = opened(4000)
-    assert log.get(request()) is None and log.get(request(attempt=2)).text == "Why?"
-    log.add([request()], [Answer("What for?", "stop", 5, 700)])
-    log.file.close()
-    log = opened(4000)
-    assert log.get(request()).text == "What for?"
-    assert log.requests == 3 and log.completion_tokens == 909
 
 
 def test_every_cut_of_the_log_is_repaired(tmp_path):

@@ -301,10 +301,26 @@ def test_many_points_are_averaged():
 
 
 def test_smoothing_keeps_a_straight_line_and_calms_a_jagged_one():
-    straight = 2.0 * np.arange(60)
+    steps = np.arange(60)
+    straight = np.column_stack([steps, 2.0 * steps])
     assert charts.smooth(straight)[5:-5] == pytest.approx(straight[5:-5])
-    jagged = charts.smooth(np.arange(60) % 2.0)
-    assert 0.2 < jagged.min() < jagged.max() < 0.8
+    jagged = charts.smooth(np.column_stack([steps, steps % 2.0]))
+    assert 0.2 < jagged[:, 1].min() < jagged[:, 1].max() < 0.8 and (jagged[:, 0] == steps).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "whole", "found"),
+    [
+        (0.0, 1.0, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (-0.13, 0.31, False, [-0.1, 0, 0.1, 0.2, 0.3]),
+        (1.0, 180.0, True, [50, 100, 150]),
+        (1.0, 3.0, True, [1, 2, 3]),
+        (7.0, 7.0, True, [7]),
+        (2e6, 2.1e6, False, [2e6, 2.02e6, 2.04e6, 2.06e6, 2.08e6, 2.1e6]),
+    ],
+)
+def test_axes_have_few_and_round_numbers(low, high, whole, found):
+    assert charts.ticks(low, high, whole) == pytest.approx(found)
 
 
 def test_a_half_is_rounded_up_as_in_the_tables():
@@ -315,7 +331,7 @@ def test_a_half_is_rounded_up_as_in_the_tables():
 def test_the_healthy_range_is_shaded_only_where_it_can_be_seen():
     def shaded(points, *band, relative=False):
         row = metrics.Metric(["x"], ["sft"], "X", band=band, relative=relative)
-        return "var(--band)" in charts.draw([("x", points, "sft")], row, "run")
+        return "var(--band)" in charts.draw([("x", points, "sft")], row)
 
     points = [(0, 0.5), (1, 0.6)]
     assert shaded(points, 0.4, 0.55) and shaded(points, 0.55, math.inf) and not shaded(points, 90, 100)

@@ -11,7 +11,7 @@ from pathlib import Path
 from socratiq.pairs.answers import AnswerLog, Request, ask_all, digest
 from socratiq.pairs.checks import MAX_CONTEXT_CHARS
 from socratiq.pairs.writers import OpenAIWriter
-from socratiq.run.errors import UserError, warn
+from socratiq.run.errors import warn
 from socratiq.taxonomy import definition
 
 GRADES = ("type", "relevance", "quality")
@@ -58,10 +58,7 @@ def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], args) ->
         for record in records:
             request = grade_request(contexts[record["context"]], record)
             requests.setdefault(request.row, (request, []))[1].append(record)
-    try:
-        problems = ask_all(writer, [request for request, _ in requests.values()], log, "grading")
-    except UserError as error:
-        raise UserError(str(error).replace("--api-model", "--judge-api")) from None
+    problems = ask_all(writer, [request for request, _ in requests.values()], log, "grading")
     ungraded = 0
     for request, records in requests.values():
         answer = log.get(request)

@@ -58,7 +58,8 @@ def tables(result: dict) -> str:
         certain = "low" in change and not change["low"] <= 0 <= change["high"]
         changed = shown(change, CHIEF).replace("%", " points")
         changes.append(f"{step} changes it by {changed}" + ", may be chance" * (not certain))
-    changes.append(f"[ ]: 95% interval over texts; right type by chance: {1 / len(result['types']):.0%}; more: --help")
+    chance = f"{1 / len(result['types']):.0%}"
+    changes.append(f"[ ]: 95% interval over texts; right type by chance: {chance}; --help explains the figures")
     blocks = [aligned(rows), "\n".join(changes)]
     for names in TABLES:
         names = [name for name in names if any(name in found["figures"] for found in stages.values())]

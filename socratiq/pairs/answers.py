@@ -25,7 +25,7 @@ class Request(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A writer's answer. `finish`: "stop", "length", "refusal", "content_filter" or "empty"."""
+    """A writer's answer. `finish`: the finish_reason of the API ("stop", "length" ...), "refusal", or "empty"."""
 
     text: str
     finish: str = "stop"
@@ -45,12 +45,12 @@ class AnswerLog:
     """The answers so far, and their cost: an append-only file of JSON lines, open in one process at a time.
 
     An answer is found again by row, model, digest of the request body, and attempt. A last line that a kill cut in half
-    is removed. An answer that ended at a lower limit than the present `max_tokens` is asked for again. `requests` and
-    the tokens count earlier runs too; `prices` are US dollars for a million prompt tokens and a million answer tokens.
+    is removed. `requests` and the tokens count earlier runs too; `prices` are US dollars for a million prompt tokens
+    and a million answer tokens.
     Raises UserError if another process holds the file or a line cannot be read.
     """
 
-    def __init__(self, path, model: str, max_tokens: int = 0, max_requests=None, max_usd=None, prices=(0.0, 0.0)):
+    def __init__(self, path, model: str, max_requests=None, max_usd=None, prices=(0.0, 0.0)):
         self.path, self.model, self.prices = Path(path), model, prices
         self.max_requests, self.max_usd = max_requests, max_usd
         self.requests = self.prompt_tokens = self.completion_tokens = 0
@@ -72,8 +72,6 @@ class AnswerLog:
             if line["model"] == model:
                 self.requests += 1
                 self._keep(key, answer)
-            if answer.finish == "length" and 0 < answer.completion_tokens < max_tokens:
-                self.answers.pop(key, None)
 
     def _key(self, request: Request) -> tuple:
         return request.row, self.model, digest(request.body), request.attempt

@@ -14,7 +14,6 @@ from socratiq.taxonomy import TYPES, definition
 
 # A longer text loses its tail in a request to a server: a slip in the data must not cost a fortune.
 MAX_CONTEXT_CHARS = 12_000
-WRONG_FINISH = {"refusal": "refused to answer", "content_filter": "stopped by the content filter"}
 SYSTEM = (
     "You write critical questions about short texts. You answer with exactly one question, on one line, "
     "that ends in a question mark, and with nothing else."
@@ -54,10 +53,10 @@ class Job:
 
     def attempt(self, answer: Answer) -> dict:
         """The next attempt, from an answer, with its flaw as far as reading alone can tell."""
-        question = "" if answer.finish in WRONG_FINISH else clean_question(answer.text)
-        wrong = WRONG_FINISH.get(answer.finish) or flaw(question, self.row.context, self.row.question)
-        if wrong and answer.finish == "length":
-            wrong = f"cut off ({wrong})"
+        question = clean_question(answer.text)
+        wrong = flaw(question, self.row.context, self.row.question)
+        if wrong and answer.finish != "stop":
+            wrong = f"finish_reason {answer.finish}: {wrong}"
         return {"question": question, "score": None, "flaw": wrong, "type": self.asked_type()}
 
 

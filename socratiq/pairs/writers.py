@@ -22,7 +22,7 @@ HOPELESS = {
     401: "the key in OPENAI_API_KEY is missing or was refused",
     402: "the quota of this account is used up",
     403: "this key may not do that",
-    404: "there is no model {model!r} (--api-model), or --base-url is wrong",
+    404: "there is no model {model!r}, or --base-url is wrong",
 }
 USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 TEMPERATURE = 0.5  # of the local writer
@@ -155,7 +155,7 @@ class LocalWriter:
     seed, the row and the attempt.
     """
 
-    slots, name, address, max_tokens = 1, "local", "no server", 0
+    slots, name, address = 1, "local", "no server"
 
     def __init__(self, policy, tokenizer, model: str, batch_size: int, settings: dict):
         self.policy, self.tokenizer, self.model = policy, tokenizer, f"local:{model}"

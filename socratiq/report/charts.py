@@ -1,69 +1,73 @@
-"""Curves over steps as inline SVG, drawn by matplotlib. Colours are CSS variables, so that light and dark reach in."""
+"""Curves over steps as inline SVG. Colours are the CSS variables of report.css, so that light and dark reach in."""
 
-import io
+import html
 import math
-import re
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from socratiq.report.metrics import Metric
 
 MOST_POINTS = 240  # more are averaged in groups
-# matplotlib knows no CSS variables: each colour of report.css is drawn as a code, which becomes var(--name) in the SVG.
-COLORS = ("sft", "dpo", "ppo", "human", "held", "second", "card", "muted", "grid", "band")
-CODES = {name: f"#ab{number:04x}" for number, name in enumerate(COLORS)}
+LEFT, RIGHT, TOP, BOTTOM = 44, 333, 8, 167  # where the axes end; 340 wide: a phone shows a unit as a pixel
 
 Points = Sequence[tuple[float, float]]  # (step, value)
 
 
-def draw(curves: Sequence[tuple[str, Points, str]], row: Metric, run: str) -> str:
+def draw(curves: Sequence[tuple[str, Points, str]], row: Metric) -> str:
     """One SVG of curves (name, points, colour). Names that begin with eval/ are drawn with dots.
 
-    A curve of many points is drawn faint, with its moving average on top. docs/metrics.md says which range is
-    shaded and where a dashed line is drawn. Row and run keep the ids of the charts on a page apart.
+    A curve of many points is drawn faint, with its moving average on top. The row of the table says which range is
+    shaded and where a dashed line is drawn.
     """
-    salt = f"{run} {row.names}"
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 11}):
-        figure = Figure(figsize=(340 / 72, 190 / 72))  # 340 wide: a phone shows a unit as a pixel
-        axes = figure.add_axes((0.13, 0.12, 0.85, 0.84), frameon=False)
-        axes.tick_params(length=0, labelcolor=CODES["muted"])
-        axes.grid(axis="y", color=CODES["grid"])
-        axes.margins(x=0)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=axis is axes.xaxis))
-            axis.set_major_formatter("{x:.5g}")
-        note = {"ha": "right", "style": "italic", "color": CODES["muted"]}
-        axes.annotate("step", (0, 0), (-10, -17), "axes fraction", "offset points", **note)
-        values, start = [], None
-        for curve, points, color in curves:
-            x, y = thinned(points).T
-            values += [*y]
-            dots = curve.startswith("eval/") or len(x) == 1
-            style = {"color": CODES[color], "clip_on": False, "solid_capstyle": "round"}
-            if len(x) > 12 and not dots:
-                axes.plot(x, y, lw=1, alpha=0.32, **style)
-                y = smooth(y)
-            axes.plot(x, y, lw=2.2, marker="o" if dots else None, ms=6, mec=CODES["card"], **style)
-            start = y[0] if start is None else start  # of the first curve
-        scale = start if row.relative else 1
-        band = sorted(limit if math.isinf(limit) else limit * scale for limit in row.band)
-        low, high = limits(values, [0, *band, *row.mark[:1]])
-        axes.set_ylim(low, high)
-        if band and band[0] < high and band[1] > low:
-            axes.axhspan(max(band[0], low), min(band[1], high), color=CODES["band"], lw=0)
-        if row.mark and low <= row.mark[0] <= high:
-            axes.axhline(row.mark[0], color=CODES["muted"], lw=1, ls=(0, (4, 4)))
-            axes.annotate(row.mark[1], (1, row.mark[0]), (-2, 4), ("axes fraction", "data"), "offset points", **note)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True)
-    svg = re.sub(r' id="[a-z2.]+_\d+"| font-family: [^;"]+;?|<style.*?</style>', "", drawn.getvalue(), flags=re.DOTALL)
-    for color, code in CODES.items():
-        svg = svg.replace(code, f"var(--{color})")
-    return '<svg class="chart" viewBox="0 0 340 190">' + svg.partition("</metadata>")[2]
+    thin = [thinned(points) for _, points, _ in curves]
+    dotted = [name.startswith("eval/") or len(points) == 1 for name, points, _ in curves]
+    calm = [xy if dots or len(xy) <= 12 else smooth(xy) for xy, dots in zip(thin, dotted, strict=True)]
+    (first, lowest), (last, highest) = np.concatenate(thin).min(0), np.concatenate(thin).max(0)
+    scale = calm[0][0, 1] if row.relative else 1
+    band = sorted(limit if math.isinf(limit) else limit * scale for limit in row.band)
+    low, high = limits([lowest, highest], [0, *band, *row.mark[:1]])
+
+    def x(step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (step - first) / (last - first or 1)
+
+    def y(value: float) -> float:
+        return BOTTOM + (TOP - BOTTOM) * (value - low) / (high - low)
+
+    def line(xy: np.ndarray, kind: str) -> str:
+        places = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in xy)
+        return f'<polyline class="{kind}" points="{places}"/>'
+
+    drawn = [f'<text class="note" x="{LEFT - 10}" y="{BOTTOM + 17}">step</text>']
+    if band and band[0] < high and band[1] > low:
+        top, bottom = y(min(band[1], high)), y(max(band[0], low))
+        place = f'x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}"'
+        drawn.append(f'<rect {place} style="fill:var(--band)"/>')
+    for value in ticks(low, high):
+        drawn.append(f'<path d="M{LEFT} {y(value):.1f}H{RIGHT}"/>')
+        drawn.append(f'<text class="value" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{value:.5g}</text>')
+    for step in ticks(first, last, whole=True):
+        drawn.append(f'<text class="step" x="{x(step):.1f}" y="{BOTTOM + 17}">{step:.5g}</text>')
+    if row.mark and low <= row.mark[0] <= high:
+        drawn.append(f'<path class="mark" d="M{LEFT} {y(row.mark[0]):.1f}H{RIGHT}"/>')
+        place = f'x="{RIGHT - 2}" y="{y(row.mark[0]) - 4:.1f}"'
+        drawn.append(f'<text class="note" {place}>{html.escape(row.mark[1])}</text>')
+    for (_, _, color), raw, xy, dots in zip(curves, thin, calm, dotted, strict=True):
+        drawn.append(f'<g style="--c:var(--{color})">')
+        if xy is not raw:
+            drawn.append(line(raw, "raw"))
+        drawn.append(line(xy, "curve"))
+        drawn += [f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>' for step, value in xy if dots]
+        drawn.append("</g>")
+    return f'<svg class="chart" viewBox="0 0 340 190">{"".join(drawn)}</svg>'
+
+
+def ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """At most six round numbers from low to high, 1, 2 or 5 times a power of ten apart."""
+    least = max((high - low) / 5, 1 if whole else 1e-12)
+    power = 10.0 ** math.floor(math.log10(least))
+    apart = next(times * power for times in (1, 2, 5, 10) if times * power >= 0.999 * least)
+    return [i * apart for i in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
 
 
 def thinned(points: Points) -> np.ndarray:
@@ -72,10 +76,11 @@ def thinned(points: Points) -> np.ndarray:
     return np.array([group.mean(0) for group in groups])
 
 
-def smooth(values: np.ndarray) -> np.ndarray:
-    """A moving average over about a tenth of the curve, half of it before and half of it after each point."""
-    window = np.ones(2 * max(1, len(values) // 20) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+def smooth(xy: np.ndarray) -> np.ndarray:
+    """The points (N, 2) as a moving average over about a tenth of them, half of it before and half after each point."""
+    window = np.ones(2 * max(1, len(xy) // 20) + 1)
+    sums, counts = (np.convolve(values, window, "same") for values in (xy[:, 1], np.ones(len(xy))))
+    return np.column_stack([xy[:, 0], sums / counts])
 
 
 def limits(values: Sequence[float], wanted: Sequence[float]) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class Run(NamedTuple):
                 if (points := [point for point in self.series[name] if point[0] >= row.since])
             ]
             if curves:
-                charts.append({"row": row, "curves": curves, "drawing": draw(curves, row, self.name)})
+                charts.append({"row": row, "curves": curves, "drawing": draw(curves, row)})
         return charts
 
     def asked(self) -> list[tuple[tuple[str, str], list[dict]]]:
