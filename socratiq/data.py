@@ -19,6 +19,7 @@ import os
 import re
 import unicodedata
 import urllib.request
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Row(NamedTuple):
     context: str  # tidied by `clean`
     question: str  # on one line, tidied by `clean`
     type: str  # display name such as "Cause to effect"; "others": no critical question; "": only a verdict is known
-    source: str  # where it was read, for messages: "questions.csv row 12 (line 13)"
+    source: str  # where it was read, for messages: "questions.csv row 12"; the header is not counted
     preference: str = ""  # the human verdict: "chosen", "rejected", or "" if there is none
 
 
@@ -44,10 +45,10 @@ class Pair(NamedTuple):
     rejected: str
     context: str  # "" if the line has none
     type: str  # "" if the line has none
-    source: str  # "runs/pairs.jsonl line 12"
+    source: str  # "runs/pairs.jsonl row 12"
 
 
-Records = list[tuple[str, dict]]  # (place, {column in lower case: value}) of every row, unchecked
+Records = list[tuple[str, dict]]  # (place such as "questions.csv row 12", {column in lower case: value}), unchecked
 
 # Names of each field's column. `intervention`, `cq` and the verdicts are those of the 2025 shared task on critical
 # questions, whose verdicts stand in its column `label`; others have a column `preference`.
@@ -79,8 +80,8 @@ def load_rows(source: str, types: list[str] | None = None) -> list[Row]:
 
     types:  only rows of these types, and those labelled `others`; default: all
 
-    Raises UserError at the first unusable row, or for a type that no row has. Copies are left out and contradictions
-    kept, with a warning each.
+    Raises UserError at the first unusable row, or for a type that no row has. Copies are left out with a warning; a
+    question that stands under two types is kept under both.
     """
     rows = []
     for name, records in _read_all(source, "--data takes sample, socratiq, a file, a folder, an address or a Hub id"):
@@ -92,9 +93,6 @@ def load_rows(source: str, types: list[str] | None = None) -> list[Row]:
         unique.setdefault((row.context, row.question, row.type, row.preference), row)
     if len(unique) < len(rows):
         warn(f"{source}: exact copies of earlier rows left out: {len(rows) - len(unique):,}")
-    contradictions = len(unique) - len({key[:2] for key in unique})
-    if contradictions:
-        warn(f"{source}: questions with a second type or verdict, kept under each: {contradictions:,}")
     known = {row.type for row in unique.values()}
     wanted = {display_name(name) for name in types} if types else known
     for name in sorted(wanted - known):
@@ -169,8 +167,6 @@ def load_pairs(source: str) -> list[Pair]:
         fields = [_column(name, records, field) for field in ("prompt", "chosen", "rejected")]
         for place, record in records:
             _, chosen, rejected = (_text(place, record, field) for field in fields)
-            if chosen == rejected:
-                raise UserError(f"{place}: chosen and rejected are the same text; remove the line")
             prompt = _UNSEEN.sub("", record["prompt"])  # which keeps the newline at its end
             context, type_name = (str(record.get(field) or "") for field in ("context", "type"))
             pairs.append(Pair(prompt, chosen, rejected, context, type_name, place))
@@ -253,7 +249,8 @@ def _read_hub(source: str) -> list[tuple[str, Records]]:
         problem = "no such file or folder here, and the Hub gave no data set of that name"
         hint = "check the name (owner/name or owner/name:configuration), the network and `hf auth whoami`"
         raise UserError(f"{source}: {problem} ({_shorten(str(error.__cause__ or error), 200)}); {hint}") from None
-    return [(f"{source} {split}", _from_arrow(f"{source} {split}", splits[split].data.table)) for split in splits]
+    names = {split: f"{source} {split}" for split in splits}
+    return [(name, _records(name, _rows_of_arrow(splits[split].data.table))) for split, name in names.items()]
 
 
 def _read(name: str, location: str) -> Records:
@@ -266,9 +263,9 @@ def _read(name: str, location: str) -> Records:
         with urllib.request.urlopen(location, timeout=60) if "://" in path else open(location, "rb") as file:
             content = file.read()
         if suffix in (".parquet", ".arrow"):
-            return _from_arrow(name, _arrow_table(content, suffix))
+            return _records(name, _rows_of_arrow(_arrow_table(content, suffix)))
         text = content.decode("utf-8-sig")
-        return _read_csv(name, text) if suffix in (".csv", ".tsv") else _read_json(name, text, suffix)
+        return _records(name, _read_csv(text) if suffix in (".csv", ".tsv") else _read_json(text, suffix))
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         reason = f"byte 0x{error.object[error.start]:02x} in line {line} is not UTF-8; save it as UTF-8"
@@ -277,69 +274,54 @@ def _read(name: str, location: str) -> Records:
     raise UserError(f"{name}: cannot be read ({reason}); correct the file or its name")
 
 
-def _records(rows: list[tuple[str, object]]) -> Records:
-    """Rows of any format: objects, with their columns in lower case."""
-    for place, row in rows:
+def _records(name: str, rows: Iterable) -> Records:
+    """Rows of any format with their places, and their columns in lower case."""
+    records = []
+    for number, row in enumerate(rows, 1):
+        place = f"{name} row {number}"
         if not isinstance(row, dict):
             raise UserError(f"{place}: expected an object of named fields, found {_shorten(json.dumps(row), 40)}")
-    return [(place, {column.strip().lower(): value for column, value in row.items()}) for place, row in rows]
+        records.append((place, {column.strip().lower(): value for column, value in row.items()}))
+    return records
 
 
-def _read_csv(name: str, text: str) -> Records:
+def _read_csv(text: str) -> Iterator[dict]:
     """Separated by comma, semicolon or tab, whichever the header has most of, or as Excel's first line `sep=;` says."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells above 131,072 characters
     excel = re.match("sep=(.)\r?\n", text)
     delimiter = excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)
     lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    rows, line = [], 1
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    if excel:
+        next(reader.reader)
+    number = 1
     try:
-        for cells in reader:
-            rows += [(line, cells)] if cells else []
-            line = reader.line_num + 1
+        for row in reader:
+            if any(row.pop(None, ())) or None in row.values():
+                raise csv.Error(f"more or fewer cells than the {len(reader.fieldnames)} columns")
+            yield row
+            number += 1
     except csv.Error as error:
-        raise ValueError(f"line {line}: {error}; close every quote, and write a quote in a cell twice") from None
-    (_, header), *rows = rows[bool(excel) :] or [(1, [])]
-    header = [cell.strip().lower() for cell in header]
-    for column in filter(None, header):
-        if header.count(column) > 1:
-            raise ValueError(f"two columns are named {column!r}; rename one")
-    records = []
-    for number, (line, cells) in enumerate(rows, 1):
-        place = f"{name} row {number} (line {line})"
-        if len(cells) < len(header) or any(cells[len(header) :]):
-            hint = f"fill in missing cells, and put a cell that holds {delimiter!r} in double quotes"
-            raise UserError(f"{place}: {len(cells)} cells under {len(header)} columns; {hint}")
-        records.append((place, dict(zip(header, cells, strict=False))))
-    return records
+        hint = f"put a cell that holds {delimiter!r} or quotes in double quotes, and write its own quotes twice"
+        raise ValueError(f"row {number}, around line {reader.line_num}: {error}; {hint}") from None
 
 
-def _read_json(name: str, text: str, suffix: str) -> Records:
+def _read_json(text: str, suffix: str) -> list:
     """One object after the other, each on a line or more; a .json file can hold a single table instead."""
-    decoder, rows, line, start, end = json.JSONDecoder(), [], 1, 0, 0
+    decoder, rows, end = json.JSONDecoder(), [], 0
     while found := re.compile(r"\S").search(text, end):
-        line += text.count("\n", start, found.start())
-        start = found.start()
-        value, end = decoder.raw_decode(text, start)
-        rows.append((f"{name} line {line}", value))
-    if suffix == ".json" and len(rows) == 1:
-        rows = [(f"{name} row {number}", row) for number, row in enumerate(_json_table(value), 1)]
-    return _records(rows)
+        value, end = decoder.raw_decode(text, found.start())
+        rows.append(value)
+    return _json_table(value) if suffix == ".json" and len(rows) == 1 else rows
 
 
 def _json_table(value) -> list:
-    """The rows of [row, ...], {"data": [row, ...]}, a table by columns, the shared task's format, or a single row."""
-    if isinstance(value, dict) and isinstance(value.get("data"), list):
-        value = value["data"]
-    if not isinstance(value, dict) or not value:
-        return value if isinstance(value, list) else [value]
-    columns = value.values()
-    if all(isinstance(text, dict) and isinstance(text.get("cqs"), list) for text in columns):
-        return [text | asked if isinstance(asked, dict) else asked for text in columns for asked in text["cqs"]]
-    if all(isinstance(column, dict) for column in columns) or all(isinstance(column, list) for column in columns):
-        import pandas
-
-        return pandas.DataFrame(value, dtype=object).to_dict("records")  # which writes such tables
+    """The rows of [row, ...], of the shared task's {name: {..., "cqs": [question, ...]}, ...}, or a single row."""
+    if isinstance(value, list):
+        return value
+    texts = list(value.values()) if isinstance(value, dict) else []
+    if texts and all(isinstance(text, dict) and isinstance(text.get("cqs"), list) for text in texts):
+        return [text | asked if isinstance(asked, dict) else asked for text in texts for asked in text["cqs"]]
     return [value]
 
 
@@ -350,7 +332,7 @@ def _arrow_table(content: bytes, suffix: str):
     return parquet.read_table(file) if suffix == ".parquet" else ipc.open_stream(file).read_all()
 
 
-def _from_arrow(name: str, table) -> Records:
+def _rows_of_arrow(table) -> list[dict]:
     """`datasets` stores a class as a number: its name is put there, or None for -1, which means no label."""
     notes = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     rows = table.to_pylist()
@@ -359,7 +341,7 @@ def _from_arrow(name: str, table) -> Records:
             classes = dict(enumerate(feature["names"]))
             for row in rows:
                 row[column] = classes.get(row.get(column))
-    return _records([(f"{name} row {number}", row) for number, row in enumerate(rows, 1)])
+    return rows
 
 
 # --- split ----------------------------------------------------------------------------------------------------------

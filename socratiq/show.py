@@ -11,16 +11,16 @@ moved, so that there is a KL to see. Losses and reward are those of the training
 import os
 import shutil
 import sys
-from itertools import combinations
+from itertools import pairwise
 
 from socratiq.run import options
-from socratiq.run.errors import UserError, main, warn
+from socratiq.run.errors import UserError, main
 from socratiq.taxonomy import OTHERS
 
 COLOURS = {"prompt": "\033[36m", "completion": "\033[32m", "eos": "\033[1;33m", "padding": "\033[2m"}
 SIGNS = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "↵", "\n": "↵"})  # how tokenizers write a space and a line end
 PROMPT_SHOWN = 3  # of the prompt, only the last tokens are shown
-BETA, KL_COEF, GAMMA, LAM, CLIP, VF_COEF, SAMPLES = 0.1, 0.05, 1.0, 0.95, 0.2, 0.1, 2
+BETA, KL_COEF, GAMMA, LAM, CLIP, VF_COEF, SAMPLES, MAX_NEW_TOKENS = 0.1, 0.05, 1.0, 0.95, 0.2, 0.1, 2, 24
 
 
 def parse_arguments():
@@ -29,9 +29,7 @@ def parse_arguments():
     add("--stage", default="all", choices=["all", "sft", "dpo", "ppo"], help="which to show")
     add("--model", default="smollm2", help='"smollm2", "tiny", a checkpoint folder, or a Hub id')
     add("--data", default="sample", metavar="SOURCE", help='"sample", a file, a folder, an address or a Hub id')
-    add("--scorer", default="runs/scorer", metavar="FOLDER", help="PPO's scorer; if it is not there, one is fitted")
-    add("--max-new-tokens", type=options.count, default=24, metavar="TOKENS", help="longest PPO sample")
-    add("--seed", type=options.zero_or_more, default=0, help="seed of every random draw")
+    add("--scorer", default="runs/scorer", metavar="FOLDER", help="PPO's; not there: one is fitted, without a model")
     return parser.parse_args()
 
 
@@ -42,32 +40,22 @@ def print_table(kinds: list[str], rows: dict[str, list[str]]) -> None:
     rows: name -> one text per column; a short row is empty at its end.
     """
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    colours, reset = (COLOURS, "\033[0m") if coloured else (dict.fromkeys(COLOURS, ""), "")
-    margin = max(map(len, rows)) + 1
-    room = min(shutil.get_terminal_size((110, 24)).columns, 160) - margin
-    rows = {name: row + [""] * (len(kinds) - len(row)) for name, row in rows.items()}
-    widths = [max(map(len, column)) + 2 for column in zip(*rows.values(), strict=True)]
-    start = 0
-    while start < len(kinds):
-        end = start + 1
-        while end < len(kinds) and sum(widths[start : end + 1]) <= room:
-            end += 1
+    margin, width = max(map(len, rows)) + 1, max(len(cell) for row in rows.values() for cell in row) + 2
+    at_once = max(1, (shutil.get_terminal_size((110, 24)).columns - margin) // width)  # tokens beside each other
+    for start in range(0, len(kinds), at_once):
         print()
         for name, row in rows.items():
-            cells = [colours[kinds[i]] + row[i].rjust(widths[i]) + reset for i in range(start, end)]
+            cells = [cell.rjust(width) for cell in row[start : start + at_once]]
+            if coloured:
+                cells = [f"{COLOURS[kind]}{cell}\033[0m" for kind, cell in zip(kinds[start:], cells, strict=False)]
             print((name.ljust(margin) + "".join(cells)).rstrip())
-        start = end
 
 
 def pick_rows(rows, data: str):
     """Two rows of different type about one text, the shortest that has them."""
-    by_context = {}
-    for row in rows:
-        by_context.setdefault(row.context, []).append(row)
-    for context in sorted(by_context, key=len):
-        for first, other in combinations(by_context[context], 2):
-            if other.type != first.type:
-                return first, other
+    for first, other in pairwise(sorted(rows, key=lambda row: (len(row.context), row.context))):
+        if first.context == other.context and first.type != other.type:
+            return first, other
     raise UserError(f"--data {data}: no text has questions of two types, so there is no pair to show")
 
 
@@ -132,8 +120,7 @@ class Show:
             self.learn(lambda: self.sft_step(human), lr=1e-3)
 
         # 1. The prompt. 2. Questions. 3. Scores.
-        length, seeds = self.args.max_new_tokens, [self.args.seed]
-        (completions,) = sample(self.policy, [self.prompt], SAMPLES, length, self.eos, seeds=seeds)
+        (completions,) = sample(self.policy, [self.prompt], SAMPLES, MAX_NEW_TOKENS, self.eos, seeds=[0])
         batch = self.batch(completions)
         asked = [decode(self.tokenizer, ids) for ids in completions]
         raw = self.reward(asked)[None].to(batch.mask.device)  # (1, K)
@@ -172,7 +159,7 @@ class Show:
         from socratiq.models import load_policy
 
         print(f"\n\n{title}\n{'=' * len(title)}")
-        self.policy = load_policy(self.args.model, dtype="float32", lora_rank=8, value_head=True, seed=self.args.seed)
+        self.policy = load_policy(self.args.model, dtype="float32", lora_rank=8, value_head=True)
 
     def batch(self, completions):
         """A batch of one row: the prompt and its completions."""
@@ -200,11 +187,9 @@ class Show:
         from socratiq.scorer.reward import load_scorer
         from socratiq.scorer.scorer import Scorer
 
-        if os.path.isdir(self.args.scorer):
-            scorer = load_scorer(self.args.scorer, dtype="float32")
-        else:
-            warn(f"--scorer {self.args.scorer} is not there; one is fitted now, without a language model")
-            scorer = Scorer.fit([row for row in self.rows if row.type])
+        saved = os.path.isdir(self.args.scorer)
+        typed = [row for row in self.rows if row.type]
+        scorer = load_scorer(self.args.scorer, dtype="float32") if saved else Scorer.fit(typed)
         return scorer.reward([self.context] * len(questions), questions, [self.type] * len(questions))
 
     def learn(self, step, lr: float = 3e-4):
@@ -226,19 +211,19 @@ class Show:
         first, siblings = len(self.prompt), int(batch.mask[0, :k].sum())
         ids = self.prompt[-PROMPT_SHOWN:] + batch.tokens[0, k, :length].tolist()
         tokens = [piece.translate(SIGNS) for piece in self.tokenizer.convert_ids_to_tokens(ids)]
-        end = range(first - PROMPT_SHOWN, first)
-        blank = [""] * PROMPT_SHOWN
+        end, blank = range(first - PROMPT_SHOWN, first), [""] * PROMPT_SHOWN
         rows = {
             "token": tokens + ["-"] * padding,
-            "index": [str(i) for i in (*end, *range(first + siblings, first + siblings + length))],
-            "position": [str(i) for i in (*end, *range(first, first + length))],
-            "scored at": blank + [str(i) for i in batch.read[siblings : siblings + length].tolist()],
-            "mask": blank + [str(kept) for kept in mask],
+            "index": [*end, *range(first + siblings, first + siblings + length)],
+            "position": [*end, *range(first, first + length)],
+            "scored at": blank + batch.read[siblings : siblings + length].tolist(),
+            "mask": blank + mask,
         }
         for name, x in quantities.items():
             rows[name] = blank + [f"{value:.2f}" for value in x[0, k, :length].tolist()]
         kinds = ["eos" if token == self.eos else "completion" for token in ids[PROMPT_SHOWN:]]
-        print_table(["prompt"] * PROMPT_SHOWN + kinds + ["padding"] * padding, rows)
+        kinds = ["prompt"] * PROMPT_SHOWN + kinds + ["padding"] * padding
+        print_table(kinds, {name: [str(cell) for cell in row] for name, row in rows.items()})
 
 
 def run() -> None:

@@ -122,8 +122,8 @@ def short(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("case", "more", "named"),
     [
-        ("sft", [], "rows.jsonl line "),
-        ("dpo", [], "pairs.jsonl line "),
+        ("sft", [], "rows.jsonl row "),
+        ("dpo", [], "pairs.jsonl row "),
         ("ppo", ["--max-prompt-tokens", "145"], "--max-prompt-tokens and --max-new-tokens: 151 tokens"),
     ],
 )
@@ -145,7 +145,7 @@ def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_pa
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
     assert ": loss is nan, gradient norm is nan; the rows were " in complained
-    lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} line {n}" for n in (11, 12)}
+    lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} row {n}" for n in (11, 12)}
     assert any(line in complained for line in lines) and "the weights are as before" in complained
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -182,7 +182,7 @@ def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path)
     arguments = [*command("ppo", inputs), "--reward", f"rewards:{function}", "--kl-target", "0.1"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.count("\n") == 1 and complained.startswith(f"error: {named}")
-    assert "rows.jsonl line " in complained and "asked for" in complained
+    assert "rows.jsonl row " in complained and "asked for" in complained
 
 
 def test_weights_that_run_away(scripts, inputs, tmp_path):

@@ -100,8 +100,6 @@ def test_ppo_prints_the_reward_of_the_saved_scorer(inputs, capsys, monkeypatch):
         "ppo",
         "--model",
         "tiny",
-        "--max-new-tokens",
-        "5",
         "--scorer",
         str(inputs / "deep_scorer"),
     ]
