@@ -1,1 +1,12 @@
 """socratiq: SFT, preference pairs, DPO and PPO from scratch in PyTorch, on one real task: asking critical questions."""
+
+import sys
+
+
+def _quiet_interrupt(kind, error, trace) -> None:
+    """Ctrl-C while a script still imports, before `run.errors.main` answers signals, prints no traceback."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _quiet_interrupt

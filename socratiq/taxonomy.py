@@ -125,10 +125,8 @@ def display_name(label: str) -> str:
         return known
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", label)  # camelCase -> camel Case
     words = re.sub(r"[\s_-]+", " ", words).strip(" .,;:").lower()
-    first = words[:1].upper()
-    words = (first if len(first) == 1 else words[:1]) + words[
-        1:
-    ]  # some letters, such as ß, have no capital of their own
+    first = words[:1].upper()  # "SS" for ß, which has no capital of its own
+    words = (first if len(first) == 1 else words[:1]) + words[1:]
     return _NAMES.get(_key(words), words)
 
 

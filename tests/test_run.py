@@ -279,6 +279,12 @@ def test_the_line_and_the_status(error, status, line, capsys):
     assert said.startswith(line) and said.count("\n") == 1 and "None" not in said
 
 
+@pytest.mark.parametrize(("error", "says"), [("KeyboardInterrupt", ""), ("ValueError", "Traceback")])
+def test_ctrl_c_before_the_main_function_is_silent(error, says):
+    done = subprocess.run([sys.executable, "-c", f"import socratiq\nraise {error}"], capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith(says) and bool(done.stderr) == bool(says)
+
+
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         errors.main(lambda: 1 / 0)
