@@ -34,7 +34,7 @@ def read_metrics() -> list[Metric]:
             low, high, relative, since, at, label = RANGE.fullmatch(names.partition(" · range ")[2]).groups()
             band, mark = (float(low), float(high)) if low else (), (float(at), label) if at else ()
             which = re.findall("`(.+?)`", names), stages.strip().lower().split(", "), title
-            advice = dict(re.findall("^- (Healthy|Sick): (.+)", entry, re.MULTILINE))
-            explanations = meaning, advice.get("Healthy", ""), advice.get("Sick", "")
+            advice = dict(re.findall("^- (Healthy|Sick): (.+)", entry.replace("`", ""), re.MULTILINE))
+            explanations = meaning.replace("`", ""), advice.get("Healthy", ""), advice.get("Sick", "")
             metrics.append(Metric(*which, *explanations, band, bool(relative), int(since or 0), mark))
     return metrics
