@@ -316,6 +316,15 @@ def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
     assert written.read_bytes() == first
 
 
+def test_plain_leaves_the_engine_out(place, monkeypatch):
+    from socratiq.evaluation import asking
+
+    seen, load = [], asking.load_policy
+    monkeypatch.setattr(asking, "load_policy", lambda *args, **options: seen.append(options) or load(*args, **options))
+    evaluate.run([*FEW, "--plain"])
+    assert [options["plain"] for options in seen] == [True]
+
+
 def test_without_scorer_base_and_people_the_rest_is_measured(place, capsys):
     (place / "runs" / "scorer").unlink()
     evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2"])
