@@ -186,12 +186,10 @@ def run_stage():
         tokens, mask = (x.to(policy.device) for x in pad_completions(rollout.completions))  # (B, K, C)
         raw_scores = rollout.scores.to(policy.device)  # (B, K)
         names = [f"{sources[context]} asked for {kind}" for context, kind in tasks]
-        training.check_finite({"the sum of the rewards": raw_scores.sum().item()}, this_step, names)
+        training.check_finite({"the sum of the scores": raw_scores.sum().item()}, this_step, names)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
-        equal = (raw_scores == raw_scores[:, :1]).all(-1)  # (B,) prompts whose K rewards are the same
-        if (raw_scores == raw_scores[0, 0]).all() and not state.get("warned"):
-            state["warned"] = True
-            warn(f"{this_step}: every reward is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
+        if step == 0 and (raw_scores == raw_scores[0, 0]).all():
+            warn(f"{this_step}: every score is {raw_scores[0, 0].item():g}, so nothing is learnt of the task")
 
         # 4. Log-probs of policy and reference, values.
         if critic and step == 0:
@@ -263,7 +261,7 @@ def run_stage():
             "objective/kl_coef": kl_control.value,
             "objective/scores": raw_scores.mean(),
             "objective/scores_std": raw_scores.std() if raw_scores.numel() > 1 else 0.0,
-            "objective/zero_std": equal.float().mean(),
+            "objective/zero_std": (raw_scores == raw_scores[:, :1]).all(-1).float().mean(),  # share of the prompts
             "objective/rlhf_reward": rewards.sum(-1).mean(),
             "objective/entropy": losses.masked_mean(old["entropy"], mask),
             "policy/ratio_error": ratio_error,

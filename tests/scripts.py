@@ -71,7 +71,7 @@ class Job:
         status = self.scripts.ask(wait=self.pid)
         said, complained = Path(self.out).read_text(), Path(self.err).read_text()
         # `tiny` is untrained, so the scorer gives its questions nothing: PPO says so, once a run.
-        complained = re.sub(r"warning: ppo step \d+: every reward is 0, .*\n", "", complained)
+        complained = re.sub(r"warning: ppo step \d+: every score is 0, .*\n", "", complained)
         os.unlink(self.out)
         os.unlink(self.err)
         return status, said, complained

@@ -172,8 +172,8 @@ def huge(contexts, questions, types):
 @pytest.mark.parametrize(
     ("function", "named"),
     [
-        ("once_nan", "ppo step 2: the sum of the rewards is nan; "),  # call 1 evaluates, call 2 is step 1
-        ("infinite", "ppo step 1: the sum of the rewards is inf; "),
+        ("once_nan", "ppo step 2: the sum of the scores is nan; "),  # call 1 evaluates, call 2 is step 1
+        ("infinite", "ppo step 1: the sum of the scores is inf; "),
         ("huge", "ppo step 1: "),
     ],
 )

@@ -21,7 +21,7 @@ from scripts import told
 SAME = ("model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "samples.jsonl", "summary.json",
         "train_args.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json")  # fmt: skip
 WHILE_AT_WORK = {"checkpoint.safetensors"}
-UNREWARDED = "warning: ppo step 1: every reward is 0, so nothing is learnt of the task\n"  # true of an untrained model
+UNREWARDED = "warning: ppo step 1: every score is 0, so nothing is learnt of the task\n"  # true of an untrained model
 
 CASES = {
     "sft": "train_sft.py --epochs 2 --batch-size 5",
