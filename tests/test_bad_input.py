@@ -55,41 +55,29 @@ CELLS = "; put a cell that holds ',' or quotes in double quotes, and write its o
 EMPTY = "is empty; fill it in or remove the row"
 NAME = "; expected a name of at most 80 characters such as 'Cause to effect'"
 
-FILES = [  # each message begins with the path of the file
+FILES = [  # each message begins with the path of the file; tests/test_fuzz.py tries files of any other content
     # ---- files that are not what they are called
     ("rows.csv", b"", NOTHING),
-    ("rows.jsonl", b"", NOTHING),
-    ("rows.csv", b"\n\n", NOTHING),
     ("rows.csv", b"context,question,type\n", NOTHING),
     ("rows.jsonl", b" \n", NOTHING),
     ("rows.json", b"[]", NOTHING),
     ("rows.txt", GOOD, f": unknown kind of file '.txt'; expected {KINDS}"),
     ("rows", GOOD, f": unknown kind of file '(no suffix)'; expected {KINDS}"),
-    ("rows.csv", b"<!DOCTYPE html>\n<p>", ": no column for the context; the columns are '<!doctype html>'" + COLUMNS),
     ("rows.csv", GOOD.decode().encode("utf-16"), ": cannot be read (byte 0xff in line 1 is not UTF-8; save ..."),
-    ("rows.csv", csv_row(b"A caf\xe9.,Why?,clarity"), ": cannot be read (byte 0xe9 in line 3 is not UTF-8; save ..."),
-    ("rows.jsonl", json_line() + b'{"context": "\xff"}', ": cannot be read (byte 0xff in line 3 is not UTF-8; ..."),
     ("rows.json", b'[{"context":\n"caf\xe9"}]', ": cannot be read (byte 0xe9 in line 2 is not UTF-8; save it as ..."),
     ("rows.parquet", GOOD, ": cannot be read (...)" + UNREADABLE),
     ("rows.arrow", GOOD, ": cannot be read (...)" + UNREADABLE),
     # ---- columns
     ("rows.csv", b"text,ask\na,b\n", ": no column for the context; the columns are 'ask', 'text'" + COLUMNS),
-    ("rows.csv", b"I think so.,Why?,clarity\nOr not.,Why?,clarity\n", ": no column for the context; ..."),
-    (
-        "rows.csv",
-        b"context,ask,type\na,b,c\n",
-        ": no column for the question; the columns are 'ask', 'context', 'type'; name one of them question or cq",
-    ),
+    ("rows.csv", b"context,ask,type\na,b,c\n", ": no column for the question; ...; name one of them question or cq"),
     (
         "rows.csv",
         b"thought,Question,kind\na,b,c\n",
-        ": no column for the type; the columns are 'kind', 'question', 'thought'; "
-        "name one of them type or label or schema",
+        ": no column for the type; ...; name one of them type or label ...",
     ),
     ("rows.csv", b"input,question\na: b,c\n", ": no column for the context; ..." + COLUMNS),
     ("rows.jsonl", json_line() + b'{"context": "a", "type": "b"}\n', f" row 3: the question {EMPTY}"),
     ("rows.json", b"[{}]", ": no column for the context; the columns are none at all" + COLUMNS),
-    ("rows.json", b'{"rows": "none"}', ": no column for the context; the columns are 'rows'" + COLUMNS),
     # ---- csv
     ("rows.csv", csv_row(b"Well, yes.,Why?,clarity"), MANY.format(2, 3) + CELLS),
     # all rows too long by one: readers that guess shift them
@@ -101,7 +89,6 @@ FILES = [  # each message begins with the path of the file
         ": cannot be read (row 3, around line 4: ..." + CELLS,
     ),
     ("rows.csv", csv_row(b'"He" said.,Why?,clarity'), ": cannot be read (row 2, around line 2: ..." + CELLS),
-    ("rows.tsv", b"context\tquestion\ttype\nSome text.\tWhy?\n", MANY.format(1, 2) + "; ..."),
     # ---- fields
     ("rows.csv", csv_row(b",Why?,clarity"), f" row 2: the context {EMPTY}"),
     ("rows.csv", csv_row(b'Some text.,"  \n ",clarity'), f" row 2: the question {EMPTY}"),
@@ -110,45 +97,33 @@ FILES = [  # each message begins with the path of the file
     ("rows.csv", b"thought,question,label\n\xe2\x80\x8b\x01,Why?,b\n", f" row 1: the thought {EMPTY}"),
     (
         "rows.csv",
-        csv_row(b"Some text.,Why?," + b"This is a text and no type. " * 9),
-        " row 2: the type is 'This is a text and no type. This is a text and no type. T...'" + NAME,
+        csv_row(b"a,b?," + b"This is a text and no type. " * 9),
+        " ... the type is 'This is a text ...'" + NAME,
     ),
     ("rows.csv", csv_row(b"Some text.,Why?,-"), " row 2: the type is '-'" + NAME),
     ("rows.csv", b"input,target\na: A text.,Why?\nWithout a type.,Why?\n", f" row 2: the context {EMPTY}"),
-    ("rows.csv", b"input,target\nclarity: ,Why?\n", f" row 1: the context {EMPTY}"),
     ("rows.csv", b"input,target\nclarity: A text.,\n", f" row 1: the question {EMPTY}"),
     (
         "rows.csv",
         b"context,question,preference\na,b,good\n",
-        " row 1: the preference is 'good'; write chosen, rejected or nothing",
+        " ...: the preference is 'good'; write chosen, rejected ...",
     ),
     ("rows.jsonl", json_line(question=3), " row 2: the question is 3 (int); write it as text"),
-    ("rows.jsonl", json_line(question=True), " row 2: the question is True (bool); write it as text"),
     ("rows.jsonl", json_line(context=["a", "b"]), " row 2: the context is ['a', 'b'] (list); write it as text"),
-    ("rows.jsonl", json_line(type={"name": "x"}), " row 2: the type is {'name': 'x'} (dict); write it as text"),
-    ("rows.jsonl", json_line(type=1), " row 2: the type is 1 (int); write it as text"),
     ("rows.jsonl", json_line(context=None), f" row 2: the context {EMPTY}"),
     ("rows.jsonl", json_line(context=float("nan")), " row 2: the context is nan (float); write it as text"),
-    ("rows.jsonl", json_line(question=""), f" row 2: the question {EMPTY}"),
-    ("rows.jsonl", json_line(question="\u202e\u200b"), f" row 2: the question {EMPTY}"),
     # ---- json
-    (
-        "rows.jsonl",
-        json_line() + b'{"context": "Some te',
-        ": cannot be read (Unterminated string starting at: line 3 ...",
-    ),
-    ("rows.jsonl", json_line() + b"oops\n", ": cannot be read (Expecting value: line 3 column 1 (...))" + UNREADABLE),
+    ("rows.jsonl", json_line() + b'{"context": "Some te', ": cannot be read (Unterminated string ...: line 3 ..."),
     ("rows.jsonl", b"{'context': 'a'}\n", ": cannot be read (...: line 1 column 2 (char 1))" + UNREADABLE),
     ("rows.jsonl", json_line() + b'["a", "b"]\n', ' row 3: expected an object of named fields, found ["a", "b"]'),
     ("rows.json", b'[{"context": "a"},\n{]', ": cannot be read (...: line 2 column 2 (char 20))" + UNREADABLE),
     ("rows.json", b'[1, {"context": "a"}]', " row 1: expected an object of named fields, found 1"),
-    ("rows.json", b'"a text"', ' row 1: expected an object of named fields, found "a text"'),
     ("rows.json", b"[" * 100_000, ": cannot be read (maximum recursion depth exceeded...)" + UNREADABLE),
     ("rows.json", b"[" + b"9" * 5000 + b"]", ": cannot be read (...)" + UNREADABLE),
     (
         "rows.json",
-        b'{"context": ["a", "b"], "question": ["c", "d"], "type": ["e", "f"]}',
-        " row 1: the type is ['e', 'f'] (list); write it as text",
+        b'{"context": "a", "question": "b", "type": ["c", "d"]}',
+        " row 1: the type is ['c', 'd'] (list); ...",
     ),
     # ---- the shared task's format
     ("rows.json", b'{"A": {"intervention": "a", "cqs": ["b"]}}', " row 1: expected an object of named fields, ..."),
@@ -164,29 +139,13 @@ def test_bad_files(tmp_path, capsys, name, content, expected):
     assert_same(message_of(capsys, lambda: load_rows(str(path))), str(path) + expected)
 
 
-TABLES = [
-    ({"context": ["a", None], "question": ["b", "c"], "type": ["d", "e"]}, f" row 2: the context {EMPTY}"),
-    (
-        {"context": ["a", "b"], "question": [1.5, float("nan")], "type": ["d", "e"]},
-        " row 1: the question is 1.5 (float); write it as text",
-    ),
-    ({"text": ["a"]}, ": no column for the context; the columns are 'text'" + COLUMNS),
-    (
-        {"context": ["a"], "text": ["a"], "type": ["c"]},
-        ": no column for the question; ...; name one of them question or cq",
-    ),
-    ({"context": [], "question": [], "type": []}, NOTHING),
-]
-
-
-@pytest.mark.parametrize("columns, expected", TABLES)
-def test_bad_parquet(tmp_path, capsys, columns, expected):
+def test_a_bad_cell_of_a_table(tmp_path, capsys):
     import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "rows.parquet"
-    parquet.write_table(pyarrow.table(columns), path)
-    assert_same(message_of(capsys, lambda: load_rows(str(path))), str(path) + expected)
+    parquet.write_table(pyarrow.table({"context": ["a", "b"], "question": ["a?", None], "type": ["c", "d"]}), path)
+    assert_same(message_of(capsys, lambda: load_rows(str(path))), f"{path} row 2: the question {EMPTY}")
 
 
 HOW = "no such file or folder; --data takes sample, socratiq, a file, a folder, an address or a Hub id"
@@ -194,20 +153,21 @@ SOURCES = [
     ("gone.csv", f"gone.csv: {HOW}"),
     ("sampel", f"sampel: {HOW}"),
     ("folder/gone", f"folder/gone: {HOW}"),
-    ("/gone/rows.csv", f"/gone/rows.csv: {HOW}"),
     ("", f"'': {HOW}"),
     ("x" * 5000, f"xxx...xxx: {HOW}"),
     ("folder", f"folder: no data files in this folder; expected files ending in {KINDS}"),
     ("full", "full/bad.csv: no column for the context; the columns are 'a', 'b'" + COLUMNS),
-    ("http://127.0.0.1:9/rows.csv", "http://127.0.0.1:9/rows.csv: cannot be read (...)" + UNREADABLE),
-    ("https://[broken/rows.csv", "https://[broken/rows.csv: cannot be read (...)" + UNREADABLE),
+    ("a/b", "a/b: no such file or folder here, and the Hub gave no data set of that name (...); check the name ..."),
     ("http://me:pw@host/a.csv", "http://me:pw@host/a.csv: cannot be read (nonnumeric port: ...)" + UNREADABLE),
+    ("https://[broken/rows.csv", "https://[broken/rows.csv: cannot be read (...)" + UNREADABLE),
 ]
 
 
 @pytest.mark.parametrize("source, expected", SOURCES)
 def test_bad_sources(tmp_path, monkeypatch, capsys, source, expected):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "folder").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "bad.csv").write_text("a,b\n1,2\n")
@@ -215,21 +175,12 @@ def test_bad_sources(tmp_path, monkeypatch, capsys, source, expected):
 
 
 PAIR = {"prompt": "Ask.", "chosen": "Why?", "rejected": "What?"}
-PAIRS = [
-    (b"", ": no pairs in the file; run make_pairs.py"),
+PAIRS = [  # read as rows are
     (b"\n", ": no pairs in the file; run make_pairs.py"),
-    (b"prompt,chosen,rejected\n", ": cannot be read (Expecting value: line 1 column 1 (char 0))" + UNREADABLE),
-    (b"[1]\n", " row 1: expected an object of named fields, found [1]"),
-    (b'\n{"prompt": "caf\xe9"}\n', ": cannot be read (byte 0xe9 in line 2 is not UTF-8; ...)" + UNREADABLE),
-    (
-        {"question": "Why?", "good": "a", "bad": "b"},
-        ": no column for the prompt; the columns are 'bad', 'good', 'question'; name one of them prompt",
-    ),
+    (b'{"question": "Why?", "bad": "b"}', ": no column for the prompt; the columns are ...; name one of them prompt"),
     ({**PAIR, "chosen": " \n"}, f" row 1: the chosen {EMPTY}"),
-    ({**PAIR, "rejected": None}, f" row 1: the rejected {EMPTY}"),
     ({**PAIR, "rejected": 3}, " row 1: the rejected is 3 (int); write it as text"),
     ({**PAIR, "prompt": ["Ask."]}, " row 1: the prompt is ['Ask.'] (list); write it as text"),
-    ({**PAIR, "chosen": [{"role": "a"}]}, " row 1: the chosen is [{'role': 'a'}] (list); write it as text"),
 ]
 
 
@@ -240,178 +191,108 @@ def test_bad_pairs(tmp_path, capsys, content, expected):
     assert_same(message_of(capsys, lambda: load_pairs(str(path))), str(path) + expected)
 
 
-def test_no_pairs(capsys):
-    expected = "gone.jsonl: no such file or folder; make_pairs.py writes the file that --pairs takes"
-    assert_same(message_of(capsys, lambda: load_pairs("gone.jsonl")), expected)
-
-
 # ---------------------------------------------------------------------------------------------------- the four scripts
 
-SFT = ["train_sft", "--model", "tiny", "--data", "two.jsonl", "--steps", "1"]
-PAIRING = ["make_pairs", "--policy", "tiny", "--writer", "local", "--data", "two.jsonl", "--scorer", "scorer.new"]
-PAIRING += ["--scorer-model", "none"]
-DPO = ["train_dpo", "--model", "tiny", "--pairs", "pairs.jsonl", "--steps", "1"]
-PPO = [
-    "train_ppo",
-    "--model",
-    "tiny",
-    "--data",
-    "two.jsonl",
-    "--steps",
-    "1",
-    "--scorer",
-    "scorer",
-    "--allow-bare-scorer",
-]
+# Short names in the tables below; what a command names more than once, the last one counts.
+COMMANDS = {
+    "SFT": "train_sft --model tiny --data two.jsonl --steps 1",
+    "PAIRS": "make_pairs --policy tiny --writer local --data two.jsonl --scorer scorer.new --scorer-model none",
+    "DPO": "train_dpo --model tiny --pairs pairs.jsonl --steps 1",
+    "PPO": "train_ppo --model tiny --data two.jsonl --steps 1 --scorer scorer --allow-bare-scorer",
+}
 
-ARGUMENTS = [  # before anything slow is imported
-    (
-        ["train_sft", "--batch-size", "-3"],
-        "argument --batch-size: must be at least 1, not -3 (see train_sft.py --help)",
-    ),
-    (["train_sft", "--batch-size", "x"], "argument --batch-size: 'x' is not a whole number (see train_sft.py --help)"),
-    (["train_sft", "--steps", "0"], "argument --steps: must be at least 1, not 0 (see train_sft.py --help)"),
-    (["train_sft", "--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number (see train_sft.py --help)"),
-    (["train_sft", "--lr", "0"], "argument --lr: must be above 0, not 0 (see train_sft.py --help)"),
-    (["train_sft", "--lr", "nan"], "argument --lr: must be above 0, not nan (see train_sft.py --help)"),
-    (["train_sft", "--held-out", "1"], "argument --held-out: must be below 1, not 1 (see train_sft.py --help)"),
-    (["train_sft", "--lora-rank", "-1"], "argument --lora-rank: must be at least 0, not -1 (see train_sft.py --help)"),
-    (["train_sft", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (...) (see train_sft.py --help)"),
-    (["train_sft", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (...) (see train_sft.py --help)"),
-    (["train_sft", "--batchsize", "4"], "unrecognized arguments: --batchsize 4 (see train_sft.py --help)"),
-    (["train_sft", "--batch", "4"], "unrecognized arguments: --batch 4 (see train_sft.py --help)"),
-    (["train_sft", "--model"], "argument --model: expected one argument (see train_sft.py --help)"),
-    (["train_dpo", "--beta", "0"], "argument --beta: must be above 0, not 0 (see train_dpo.py --help)"),
-    (["train_dpo", "--beta", "inf"], "argument --beta: must be finite, not inf (see train_dpo.py --help)"),
-    (["train_dpo", "--label-smoothing", "0.5"], "argument --label-smoothing: must be below 0.5, not 0.5 (...)"),
-    (
-        ["train_dpo", "--label-smoothing", "0.1", "--loss", "ipo"],
-        "--label-smoothing: only the sigmoid loss knows it;...",
-    ),
-    (
-        ["train_ppo", "--kl-target", "1", "--kl-horizon", "10"],
-        "--kl-horizon: must be above a fifth of an iteration's samples,...",
-    ),
-    (["train_dpo", "--loss", "kto"], "argument --loss: invalid choice: 'kto' (...) (see train_dpo.py --help)"),
-    (["train_ppo", "--temperature", "0"], "argument --temperature: must be above 0, not 0 (see train_ppo.py --help)"),
-    (["train_ppo", "--samples-per-prompt", "0"], "argument --samples-per-prompt: must be at least 1, not 0 (...)"),
-    (["train_ppo", "--gamma", "1.1"], "argument --gamma: must be at most 1, not 1.1 (see train_ppo.py --help)"),
-    (["train_ppo", "--kl-coef", "-1"], "argument --kl-coef: must be at least 0, not -1 (see train_ppo.py --help)"),
-    (["make_pairs", "--chosen-min", "2"], "argument --chosen-min: must be at most 1, not 2 (see make_pairs.py --help)"),
-    (["make_pairs", "--rejected-max", "0.9"], "--rejected-max 0.9: must not be above --chosen-min ..."),
-    (["make_pairs", "--shard", "5/4"], "argument --shard: '5/4' is not like 1/4, the first of four parts (...)"),
-    (["make_pairs", "--max-usd", "1"], "--max-usd: give the prices too, --usd-per-mtok IN OUT (...)"),
+ARGUMENTS = [  # before anything slow is imported; each message ends in (see SCRIPT --help)
+    ("train_sft --batch-size -3", "argument --batch-size: must be at least 1, not -3"),
+    ("train_sft --batch-size x", "argument --batch-size: 'x' is not a whole number"),
+    ("train_sft --steps 0", "argument --steps: must be at least 1, not 0"),
+    ("train_sft --epochs 1.5", "argument --epochs: '1.5' is not a whole number"),
+    ("train_sft --lr 0", "argument --lr: must be above 0, not 0"),
+    ("train_sft --lr nan", "argument --lr: must be above 0, not nan"),
+    ("train_sft --held-out 1", "argument --held-out: must be below 1, not 1"),
+    ("train_sft --lora-rank -1", "argument --lora-rank: must be at least 0, not -1"),
+    ("train_sft --dtype int8", "argument --dtype: invalid choice: 'int8' (...)"),
+    ("train_sft --device tpu", "argument --device: invalid choice: 'tpu' (...)"),
+    ("train_sft --batch 4", "unrecognized arguments: --batch 4"),
+    ("train_sft --model", "argument --model: expected one argument"),
+    ("train_dpo --beta 0", "argument --beta: must be above 0, not 0"),
+    ("train_dpo --beta inf", "argument --beta: must be finite, not inf"),
+    ("train_dpo --label-smoothing 0.5", "argument --label-smoothing: must be below 0.5, not 0.5"),
+    ("train_dpo --label-smoothing 0.1 --loss ipo", "--label-smoothing: only the sigmoid loss knows it;..."),
+    ("train_dpo --loss kto", "argument --loss: invalid choice: 'kto' (...)"),
+    ("train_ppo --kl-target 1 --kl-horizon 10", "--kl-horizon: must be above a fifth of an iteration's samples,..."),
+    ("train_ppo --temperature 0", "argument --temperature: must be above 0, not 0"),
+    ("train_ppo --samples-per-prompt 0", "argument --samples-per-prompt: must be at least 1, not 0"),
+    ("train_ppo --gamma 1.1", "argument --gamma: must be at most 1, not 1.1"),
+    ("train_ppo --kl-coef -1", "argument --kl-coef: must be at least 0, not -1"),
+    ("make_pairs --limit 0", "argument --limit: must be at least 1, not 0"),
+    ("make_pairs --concurrency -1", "argument --concurrency: must be at least 1, not -1"),
+    ("make_pairs --timeout nan", "argument --timeout: must be above 0, not nan"),
+    ("make_pairs --usd-per-mtok -1 1", "argument --usd-per-mtok: must be at least 0, not -1"),
+    ("make_pairs --held-out 1", "argument --held-out: must be below 1, not 1"),
+    ("make_pairs --chosen-min 2", "argument --chosen-min: must be at most 1, not 2"),
+    ("make_pairs --rejected-max 0.9", "--rejected-max 0.9: must not be above --chosen-min 0.4"),
+    ("make_pairs --shard 5/4", "argument --shard: '5/4' is not like 1/4, the first of four parts"),
+    ("make_pairs --max-usd 1", "--max-usd: give the prices too, --usd-per-mtok IN OUT"),
+    ("make_pairs --writer pigeon", "argument --writer: invalid choice: 'pigeon' (...)"),
 ]
 MODELS = "name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
+NO_SCORER = ": no scorer that can be read (...); fit one with python -m socratiq.scorer --out "
+SEEN = "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it and make_pairs.py will fit it anew, or ..."
+TOO_FEW = "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts"
+PICKLED = "pickled: no *.safetensors in the folder (pickled weights are never loaded)"
+NOT_OURS = "exists and is no run of train_sft.py; name another place"
+NOT_MADE_HERE = "a folder, or not made here (no ... beside it); choose another (...)"
 RUNS = [
-    (["make_pairs", "--writer", "openai"], "set OPENAI_API_KEY, or give --base-url of a server that wants no key"),
     # ---- data
-    ([*SFT, "--data", "gone.csv"], f"gone.csv: {HOW}"),
-    ([*SFT, "--data", "others.jsonl"], "others.jsonl: no rows to learn from; every row is labelled 'others'"),
-    ([*SFT, "--data", "bad.csv"], "bad.csv row 1: the question is empty; fill it in or remove the row"),
-    (
-        [*SFT, "--max-prompt-tokens", "5"],
-        "--max-prompt-tokens 5: the template alone takes ... tokens; allow more than that",
-    ),
-    ([*DPO, "--pairs", "gone.jsonl"], "gone.jsonl: no such file or folder; make_pairs.py writes the file ..."),
-    (
-        [*DPO, "--pairs", "two.jsonl"],
-        "two.jsonl: no column for the prompt; the columns are 'context', 'question', 'type'; name one of them prompt",
-    ),
-    (
-        [*DPO, "--pairs", "long.jsonl"],
-        "long.jsonl row 1: the prompt has ... tokens; raise --max-prompt-tokens or remove the line",
-    ),
-    ([*PPO, "--data", "gone.csv"], f"gone.csv: {HOW}"),
-    ([*PAIRING, "--data", "gone.csv"], f"gone.csv: {HOW}"),
-    (
-        [*PAIRING, "--data", "others.jsonl"],
-        "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts",
-    ),
-    (
-        [*PAIRING, "--data", "one.jsonl"],
-        "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts",
-    ),
+    ("SFT --data gone.csv", f"gone.csv: {HOW}"),
+    ("SFT --data others.jsonl", "others.jsonl: no rows to learn from; every row is labelled 'others'"),
+    ("SFT --data bad.csv", f"bad.csv row 1: the question {EMPTY}"),
+    ("SFT --max-prompt-tokens 5", "--max-prompt-tokens 5: the template alone takes ... tokens; allow more than that"),
+    ("DPO --pairs gone.jsonl", "gone.jsonl: no such file or folder; make_pairs.py writes the file that --pairs takes"),
+    ("DPO --pairs two.jsonl", "two.jsonl: no column for the prompt; the columns are 'context', 'question', ..."),
+    ("DPO --pairs long.jsonl", "long.jsonl row 1: the prompt has ... tokens; raise --max-prompt-tokens or remove ..."),
+    ("PPO --data gone.csv", f"gone.csv: {HOW}"),
+    ("PAIRS --data gone.csv", f"gone.csv: {HOW}"),
+    ("PAIRS --data others.jsonl", TOO_FEW),
+    ("PAIRS --data one.jsonl", TOO_FEW),
+    ("PAIRS --writer openai", "set OPENAI_API_KEY, or give --base-url of a server that wants no key"),
     # ---- models
-    ([*SFT, "--model", "./gone"], f"--model ./gone: no such folder; {MODELS}"),
-    ([*DPO, "--model", "runs/sft"], f"--model runs/sft: no such folder; {MODELS}"),
-    ([*SFT, "--model", "smolm2"], f"--model smolm2: no such folder; {MODELS}"),
-    ([*SFT, "--model", ""], f"--model : no such folder; {MODELS}"),
-    ([*SFT, "--model", "nobody/nothing"], "--model nobody/nothing: no tokenizer that can be read (...); name ..."),
-    (
-        [*SFT, "--model", "folder"],
-        "--model folder: the folder holds no config.json, so it is no model; run the stage before",
-    ),
-    (
-        [*SFT, "--model", "pickled"],
-        "--model pickled: no *.safetensors in the folder (pickled weights are never loaded)",
-    ),
-    ([*SFT, "--model", "wordless"], "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
-    ([*SFT, "--model", "garbled"], "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
-    ([*SFT, "--model", "cut"], "--model cut: no model that can be read (...)"),
-    ([*SFT, "--model", "holed"], "--model holed: 1 weights are missing, such as ...; write it anew"),
-    (
-        [*SFT, "--model", "other"],
-        "--model other: GPT2LMHeadModel has no .model.layers and .lm_head; use a Llama-like model",
-    ),
-    ([*SFT, "--model", "remote"], "--model remote: no tokenizer that can be read (...custom code...); name ..."),
-    (
-        [*SFT, "--load-in-4bit", "--lora-rank", "0"],
-        "--load-in-4bit: weights of 4 bits cannot be trained; use adapters (--lora-rank above 0)",
-    ),
-    ([*DPO, "--load-in-4bit"], "--load-in-4bit needs bitsandbytes: pip install bitsandbytes"),
-    ([*PPO, "--lora-rank", "9999"], "--lora-rank 9999: above the model's width of 64; 8 to 64 are usual"),
-    (
-        [*PAIRING, "--policy", "pickled"],
-        "--policy pickled: no *.safetensors in the folder (pickled weights are never loaded)...",
-    ),
-    (
-        [*PAIRING, "--policy", "runs/sft"],
-        f"--policy runs/sft: no such folder; {MODELS} (train_sft.py writes runs/sft)",
-    ),
+    ("SFT --model ./gone", f"--model ./gone: no such folder; {MODELS}"),
+    ("DPO --model runs/sft", f"--model runs/sft: no such folder; {MODELS}"),
+    ("SFT --model smolm2", f"--model smolm2: no such folder; {MODELS}"),
+    ("SFT --model=", f"--model : no such folder; {MODELS}"),
+    ("SFT --model nobody/nothing", "--model nobody/nothing: no tokenizer that can be read (...); name ..."),
+    ("SFT --model folder", "--model folder: the folder holds no config.json, so it is no model; run the stage before"),
+    ("SFT --model pickled", f"--model {PICKLED}"),
+    ("SFT --model wordless", "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
+    ("SFT --model garbled", "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
+    ("SFT --model cut", "--model cut: no model that can be read (...)"),
+    ("SFT --model holed", "--model holed: 1 weights are missing, such as ...; write it anew"),
+    ("SFT --model other", "--model other: GPT2LMHeadModel has no .model.layers and .lm_head; use a Llama-like model"),
+    ("SFT --model remote", "--model remote: no tokenizer that can be read (...custom code...); name ..."),
+    ("SFT --load-in-4bit --lora-rank 0", "--load-in-4bit: weights of 4 bits cannot be trained; use adapters (...)"),
+    ("DPO --load-in-4bit", "--load-in-4bit needs bitsandbytes: pip install bitsandbytes"),
+    ("PPO --lora-rank 9999", "--lora-rank 9999: above the model's width of 64; 8 to 64 are usual"),
+    ("PAIRS --policy pickled", f"--policy {PICKLED}..."),
+    ("PAIRS --policy runs/sft", f"--policy runs/sft: no such folder; {MODELS} (train_sft.py writes runs/sft)"),
     # ---- scorers and rewards
-    (
-        [*PPO, "--scorer", "gone"],
-        "gone: no scorer that can be read (...); fit one with python -m socratiq.scorer --out gone",
-    ),
-    ([*PPO, "--scorer", "garbled"], "garbled: no scorer that can be read (...); fit one with ..."),
-    (
-        [*PPO, "--held-out", "0.5"],
-        "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it and make_pairs.py will fit it anew, or fit "
-        "it by python -m socratiq.scorer with the same --data and --held-out",
-    ),
-    (
-        [*PPO, "--reward", "my_reward:reward", "--data", "others.jsonl"],
-        "others.jsonl: no row names a type to ask for; label some, or leave out --reward",
-    ),
-    ([*PPO, "--reward", "my_reward"], "--reward my_reward: ...; expected MODULE:FUNCTION, such as my_reward:reward"),
-    (
-        [*PPO, "--reward", "no_such_module:reward"],
-        "--reward no_such_module:reward: No module named 'no_such_module'; ...",
-    ),
-    ([*PPO, "--reward", "json:gone"], "--reward json:gone: module 'json' has no attribute 'gone'; ..."),
-    ([*PPO, "--reward", "json:__name__"], "--reward json:__name__: __name__ is no function"),
+    ("PPO --scorer gone", f"gone{NO_SCORER}gone"),
+    ("PPO --scorer garbled", f"garbled{NO_SCORER}garbled"),
+    ("PPO --held-out 0.5", SEEN),
+    ("PAIRS --held-out 0.5 --scorer scorer", SEEN),
+    ("PPO --reward my_reward:reward --data others.jsonl", "others.jsonl: no row names a type to ask for; label ..."),
+    ("PPO --reward my_reward", "--reward my_reward: ...; expected MODULE:FUNCTION, such as my_reward:reward"),
+    ("PPO --reward no_such_module:f", "--reward no_such_module:f: No module named 'no_such_module'; ..."),
+    ("PPO --reward json:gone", "--reward json:gone: module 'json' has no attribute 'gone'; ..."),
+    ("PPO --reward json:__name__", "--reward json:__name__: __name__ is no function"),
     # ---- places
-    ([*SFT, "--out", "folder"], "--out folder exists and is no run of train_sft.py; name another place"),
-    ([*SFT, "--out", "file"], "--out file: file is not a folder that can be written; name another place"),
-    (
-        [*SFT, "--out", "file/below"],
-        "--out file/below: ...file is not a folder that can be written; name another place",
-    ),
-    ([*SFT, "--out", "dpo"], "--out dpo exists and is no run of train_sft.py; name another place"),
-    ([*SFT, "--out", "ppo"], "--out ppo exists and is no run of train_sft.py; name another place"),
-    (
-        [*SFT, "--out", "sft"],
-        "sft was begun with --accumulate 9, now it is 1; use the old one, --restart to begin anew, or another --out",
-    ),
-    (
-        [*PAIRING, "--out", "folder"],
-        "--out folder: a folder, or not made here (no folder.dropped.jsonl beside it); choose another (...)",
-    ),
-    (
-        [*PAIRING, "--out", "two.jsonl"],
-        "--out two.jsonl: a folder, or not made here (no two.dropped.jsonl beside it); choose another (...)",
-    ),
+    ("SFT --out folder", f"--out folder {NOT_OURS}"),
+    ("SFT --out file", "--out file: file is not a folder that can be written; name another place"),
+    ("SFT --out file/below", "--out file/below: ...file is not a folder that can be written; name another place"),
+    ("SFT --out dpo", f"--out dpo {NOT_OURS}"),
+    ("SFT --out sft", "sft was begun with --accumulate 9, now it is 1; use the old one, --restart to begin anew, ..."),
+    ("PAIRS --out folder", f"--out folder: {NOT_MADE_HERE}"),
+    ("PAIRS --out two.jsonl", f"--out two.jsonl: {NOT_MADE_HERE}"),
 ]
 
 
@@ -440,7 +321,7 @@ def workshop(tmp_path_factory):
     (folder / "folder").mkdir()
     (folder / "folder" / "thesis.txt").write_text("precious")
     Scorer.fit(load_rows(str(folder / "two.jsonl"))).save(folder / "scorer")
-    for stage in ("sft", "dpo", "ppo"):
+    for stage in ("sft", "dpo"):
         (folder / stage).mkdir()
         (folder / stage / "train_args.json").write_text(json.dumps({"stage": stage, "accumulate": 9}))
 
@@ -465,29 +346,26 @@ def workshop(tmp_path_factory):
     return folder
 
 
-def run_script(monkeypatch, argv):
+def run_script(monkeypatch, command, *more):
     """A script's main, in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{argv[0]}.py", *argv[1:]])
+    name, *argv = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *argv, *more])
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    script = importlib.import_module(argv[0])
-    return script.run if argv[0] == "make_pairs" else script.run_stage
+    script = importlib.import_module(name)
+    return getattr(script, "run_stage", None) or script.run
 
 
-@pytest.mark.parametrize("argv, expected", ARGUMENTS)
-def test_bad_arguments(monkeypatch, capsys, argv, expected):
-    assert_same(message_of(capsys, run_script(monkeypatch, argv)), expected)
-
-
-@pytest.mark.parametrize("argv, expected", RUNS)
-def test_bad_runs(workshop, monkeypatch, capsys, argv, expected):
+@pytest.mark.parametrize("command, expected", RUNS)
+def test_bad_runs(workshop, monkeypatch, capsys, command, expected):
     monkeypatch.chdir(workshop)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # not installed, even where it is
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = contents(workshop)
-    out = [] if "--out" in argv else ["--out", "out.jsonl" if argv[0] == "make_pairs" else "out"]
+    before, short = contents(workshop), command.split()[0]
+    out = [] if "--out" in command else ["--out", "out.jsonl" if short == "PAIRS" else "out"]
     try:
-        assert_same(message_of(capsys, run_script(monkeypatch, argv + out), quiet=False), expected)
+        main = run_script(monkeypatch, command.replace(short, COMMANDS[short]), *out)
+        assert_same(message_of(capsys, main, quiet=False), expected)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -498,25 +376,32 @@ def contents(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
-@pytest.mark.parametrize("script", ["train_sft", "make_pairs", "train_dpo", "train_ppo"])
-def test_a_bad_argument_ends_a_real_process_at_once(script):
-    root = Path(__file__).parent.parent
-    run = subprocess.run([sys.executable, f"{script}.py", "--seed", "-1"], cwd=root, capture_output=True, text=True)
-    expected = f"error: argument --seed: must be at least 0, not -1 (see {script}.py --help)\n"
-    assert (run.returncode, run.stdout, run.stderr) == (2, "", expected)
+@pytest.mark.parametrize("command, expected", ARGUMENTS)
+def test_bad_arguments(monkeypatch, capsys, command, expected):
+    expected += f" (see {command.split()[0]}.py --help)"
+    assert_same(message_of(capsys, run_script(monkeypatch, command)), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------- the help
+SLOW = ("torch", "transformers", "openai", "datasets", "pandas", "matplotlib")
+MODULES = ["train_sft", "make_pairs", "train_dpo", "train_ppo"]
+MODULES += [f"socratiq.{name}" for name in ("ask", "evaluate", "show", "scorer", "report")]
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["train_sft", "make_pairs", "train_dpo", "train_ppo", "socratiq.ask", "socratiq.evaluate", "socratiq.show"],
-)
-def test_the_help_names_units_and_one_default(module, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [module, "--help"])
-    with pytest.raises(SystemExit):
-        importlib.import_module(module).parse_arguments()
-    said = " ".join(capsys.readouterr().out.split())
+@pytest.mark.parametrize("module", MODULES)
+def test_help_and_a_mistake_answer_at_once(module):
+    """In real processes, which cannot import what is slow. The help names units, and a default once."""
+    block = f"import runpy, sys; sys.modules |= dict.fromkeys({SLOW}); "
+    code, root = block + f"runpy.run_module({module!r}, None, '__main__', True)", Path(__file__).parent.parent
+
+    def answer(argument):
+        done = subprocess.run([sys.executable, "-c", code, argument], cwd=root, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, said, complained = answer("--help")
+    said = " ".join(said.split())
+    assert (status, complained) == (0, "") and said.startswith("usage: ") and "default: " in said
     assert not re.search("--[a-z-]+ [A-Z]+_[A-Z_]+", said), "--held-out HELD_OUT tells nobody anything"
     assert "(default: True)" not in said and not re.search(r"default: [^()]*\) \(default", said)
+    status, said, complained = answer("--no-such-option")
+    assert (status, said) == (2, "")
+    assert re.fullmatch(r"error: unrecognized arguments: --no-such-option \(see .+ --help\)\n", complained)

@@ -44,6 +44,17 @@ def json_lines(records):
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
+@pytest.fixture
+def rows_of_file(tmp_path):
+    """rows_of_file(content, name): write this file and load it."""
+
+    def write_and_load(content, name="rows.csv"):
+        (tmp_path / name).write_bytes(content.encode())
+        return load_rows(str(tmp_path / name))
+
+    return write_and_load
+
+
 # ------------------------------------------------------------------------------------------------------------- kinds
 
 
@@ -66,9 +77,8 @@ def json_lines(records):
         ("lines.ndjson", "\ufeff" + json_lines(RECORDS).rstrip("\n")),
     ],
 )
-def test_every_kind_of_file_gives_the_same_rows(tmp_path, capsys, name, content):
-    (tmp_path / name).write_bytes(content.encode())
-    assert plain(load_rows(str(tmp_path / name))) == EXPECTED
+def test_every_kind_of_file_gives_the_same_rows(rows_of_file, capsys, name, content):
+    assert plain(rows_of_file(content, name)) == EXPECTED
     assert capsys.readouterr().err == ""
 
 
@@ -83,17 +93,15 @@ def test_parquet_with_numbered_classes(tmp_path):
     assert rows[2].source == f"{tmp_path}/rows.parquet row 3"
 
 
-def test_one_object_is_one_row(tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps(RECORDS[0], indent=1))
-    assert plain(load_rows(str(tmp_path / "one.json"))) == EXPECTED[:1]
+def test_one_object_is_one_row(rows_of_file):
+    assert plain(rows_of_file(json.dumps(RECORDS[0], indent=1), "one.json")) == EXPECTED[:1]
 
 
-def test_sources_name_the_row(tmp_path):
+def test_sources_name_the_row(tmp_path, rows_of_file):
     """Of a csv without the header, as a spreadsheet's reader counts; blank lines do not count anywhere."""
-    (tmp_path / "rows.csv").write_text("context,question,type\n\n" + as_csv(RECORDS).split("\n", 1)[1])
-    (tmp_path / "rows.jsonl").write_text("\n" + json_lines(RECORDS))
-    for path in (tmp_path / "rows.csv", tmp_path / "rows.jsonl"):
-        assert [row.source for row in load_rows(str(path))] == [f"{path} row {number}" for number in (1, 2, 3)]
+    gaps = "context,question,type\n\n" + as_csv(RECORDS).split("\n", 1)[1]
+    for name, content in (("rows.csv", gaps), ("rows.jsonl", "\n" + json_lines(RECORDS))):
+        assert [row.source for row in rows_of_file(content, name)] == [f"{tmp_path}/{name} row {n}" for n in (1, 2, 3)]
 
 
 def test_a_folder_is_read_file_by_file(tmp_path, capsys):
@@ -120,51 +128,38 @@ def test_a_folder_of_save_to_disk(tmp_path):
     assert plain(load_rows(str(tmp_path / "saved"))) == [EXPECTED[2], *EXPECTED[:2]]  # by the names of the files
 
 
-def test_a_changed_file_is_read_anew(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text(as_csv(RECORDS[:1]))
-    assert len(load_rows(str(path))) == 1
-    path.write_text(as_csv(RECORDS))
-    assert len(load_rows(str(path))) == 3
-
-
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
 @pytest.mark.parametrize(
     "names",
     [
-        ("context", "question", "type"),
         ("thought", "question", "label"),
         ("Context", "Question", "Type"),
         ("THOUGHT", " question", "schema"),
     ],
 )
-def test_column_spellings(tmp_path, names):
-    path = tmp_path / "rows.csv"
-    path.write_text(f",{','.join(names)},id\n0,I think so.,Why?,reasons_evidence,7\n")
-    assert plain(load_rows(str(path))) == [("I think so.", "Why?", "Reasons and evidence")]
+def test_column_spellings(rows_of_file, names):
+    rows = rows_of_file(f",{','.join(names)},id\n0,I think so.,Why?,reasons_evidence,7\n")
+    assert plain(rows) == [("I think so.", "Why?", "Reasons and evidence")]
 
 
-def test_socratiq_full_files(tmp_path):
-    path = tmp_path / "full.csv"
-    path.write_text(
-        ",input,target\n0,implication_consequences: Say: we ban it.,What then?\n1,moral_appeal: We must.,Must we?\n"
-    )
-    assert plain(load_rows(str(path))) == [
-        ("Say: we ban it.", "What then?", "Implications and consequences"),
-        ("We must.", "Must we?", "Moral appeal"),
-    ]
+def test_socratiq_full_files(rows_of_file):
+    content = ",input,target\n0,implication_consequences: Say: no.,What then?\n1,moral_appeal: We must.,Must we?\n"
+    expected = [("Say: no.", "What then?", "Implications and consequences"), ("We must.", "Must we?", "Moral appeal")]
+    assert plain(rows_of_file(content)) == expected
 
 
-def test_a_label_in_front_of_every_context_is_cut_off_with_a_count(tmp_path, capsys):
-    path = tmp_path / "rows.jsonl"
+def asked_about(contexts):
+    return json_lines([{"context": context, "question": "Why?", "type": "Analogy"} for context in contexts])
+
+
+def test_a_label_in_front_of_every_context_is_cut_off_with_a_count(rows_of_file, capsys):
     contexts = ["reasons_evidence: I think so.", "others:   Well.", "implication_consequences: Say: yes."]
-    path.write_text(json_lines([{"context": text, "question": "Why?", "schema": "Analogy"} for text in contexts]))
-    assert [row.context for row in load_rows(str(path))] == ["I think so.", "Well.", "Say: yes."]
-    assert capsys.readouterr().err == (
-        f"warning: {path}: a label in front of every context, such as 'reasons_evidence: ', cut off in all 3 rows\n"
-    )
+    rows = rows_of_file(asked_about(contexts), "rows.jsonl")
+    assert [row.context for row in rows] == ["I think so.", "Well.", "Say: yes."]
+    said = "rows.jsonl: a label in front of every context, such as 'reasons_evidence: ', cut off in all 3 rows\n"
+    assert capsys.readouterr().err.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -176,18 +171,15 @@ def test_a_label_in_front_of_every_context_is_cut_off_with_a_count(tmp_path, cap
         ["clarity: I think so.", "I think not."],  # not in front of every one
     ],
 )
-def test_no_other_context_is_cut(tmp_path, capsys, contexts):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json_lines([{"context": text, "question": "Why?", "type": "Analogy"} for text in contexts]))
-    assert [row.context for row in load_rows(str(path))] == contexts
+def test_no_other_context_is_cut(rows_of_file, capsys, contexts):
+    assert [row.context for row in rows_of_file(asked_about(contexts), "rows.jsonl")] == contexts
     assert capsys.readouterr().err == ""
 
 
-def test_two_columns_for_one_field_are_settled_with_a_warning(tmp_path, capsys):
-    path = tmp_path / "rows.csv"
-    path.write_text("context,question,type,label\na,b?,clarity,assumptions\nc,d?,clarity,assumptions\n")
-    assert [row.type for row in load_rows(str(path))] == ["Clarity", "Clarity"]
-    assert capsys.readouterr().err == (f"warning: {path}: columns type and label could be the type; reading type\n")
+def test_two_columns_for_one_field_are_settled_with_a_warning(rows_of_file, capsys):
+    rows = rows_of_file("context,question,type,label\na,b?,clarity,assumptions\nc,d?,clarity,assumptions\n")
+    assert [row.type for row in rows] == ["Clarity", "Clarity"]
+    assert capsys.readouterr().err.endswith("columns type and label could be the type; reading type\n")
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -212,41 +204,32 @@ def test_clean(raw, tidy):
     assert clean(tidy) == tidy
 
 
-def test_a_question_is_one_line_and_a_context_may_be_long(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text('context,question,type\n"' + "word " * 40_000 + '","Why\n\n this?",clarity\n')
-    [row] = load_rows(str(path))
-    assert row.question == "Why this?"
-    assert len(row.context) == 199_999
+def test_a_question_is_one_line_and_a_context_may_be_long(rows_of_file):
+    [row] = rows_of_file('context,question,type\n"' + "word " * 40_000 + '","Why\n\n this?",clarity\n')
+    assert row.question == "Why this?" and len(row.context) == 199_999
 
 
-def test_copies_are_dropped_with_a_warning_and_contradictions_kept(tmp_path, capsys):
-    path = tmp_path / "rows.csv"
-    path.write_text(
-        "context,question,type\na,b?,clarity\na , b?,Clarity\na,b?,clarity\na,b?,assumptions\na,c?,clarity\n"
-    )
-    assert plain(load_rows(str(path))) == [("a", "b?", "Clarity"), ("a", "b?", "Assumptions"), ("a", "c?", "Clarity")]
-    assert capsys.readouterr().err == f"warning: {path}: exact copies of earlier rows left out: 2\n"
+def test_copies_are_dropped_with_a_warning_and_contradictions_kept(tmp_path, rows_of_file, capsys):
+    rows = rows_of_file("context,question,type\na,b?,clarity\na , b?,Clarity\na,b?,assumptions\na,c?,clarity\n")
+    assert plain(rows) == [("a", "b?", "Clarity"), ("a", "b?", "Assumptions"), ("a", "c?", "Clarity")]
+    assert capsys.readouterr().err == f"warning: {tmp_path}/rows.csv: exact copies of earlier rows left out: 1\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- verdicts
 
 
-def test_verdicts_in_a_column_of_their_own(tmp_path):
-    path = tmp_path / "rows.csv"
-    path.write_text(
-        "context,question,type,preference\na,b?,clarity,chosen\na,c?,,Rejected\na,d?,clarity,\na,e?,,Useful\n"
-    )
-    found = [(row.question, row.type, row.preference) for row in load_rows(str(path))]
-    assert found == [("b?", "Clarity", "chosen"), ("c?", "", "rejected"), ("d?", "Clarity", ""), ("e?", "", "chosen")]
-
-
-def test_labels_that_are_verdicts_are_no_types(tmp_path, capsys):
-    path = tmp_path / "rows.csv"
-    path.write_text("context,question,label,schema\na,b?,Useful,Analogy\na,c?,UNHELPFUL,\na,d?,undecided,Analogy\n")
-    found = [(row.question, row.type, row.preference) for row in load_rows(str(path))]
-    assert found == [("b?", "Analogy", "chosen"), ("c?", "", "rejected"), ("d?", "Analogy", "")]
-    assert capsys.readouterr().err == ""
+@pytest.mark.parametrize(
+    "lines",
+    [  # a column of their own, or labels that are verdicts and no types
+        ("type,preference", "clarity,chosen", ",Rejected", "clarity,", ",Useful"),
+        ("label,schema", "Useful,clarity", "UNHELPFUL,", "undecided,clarity", "useful,"),
+    ],
+)
+def test_verdicts(rows_of_file, capsys, lines):
+    header, *cells = lines
+    rows = rows_of_file(f"context,question,{header}\n" + "".join(f"a,b{n}?,{cell}\n" for n, cell in enumerate(cells)))
+    verdicts = [("Clarity", "chosen"), ("", "rejected"), ("Clarity", ""), ("", "chosen")]
+    assert [(row.type, row.preference) for row in rows] == verdicts and capsys.readouterr().err == ""
 
 
 def test_the_shared_task_on_critical_questions(tmp_path):
@@ -269,21 +252,15 @@ def test_the_shared_task_on_critical_questions(tmp_path):
 @pytest.fixture
 def server(tmp_path):
     """(folder, address) of a server on loopback that serves the folder."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
     folder = tmp_path / "served"
     folder.mkdir()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
-    threading.Thread(target=partial(http.serve_forever, poll_interval=0.02), daemon=True).start()
-    yield folder, f"http://127.0.0.1:{http.server_port}/"
-    http.shutdown()
-    http.server_close()
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as http:
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{http.server_port}/"
+        http.shutdown()
 
 
-def test_an_address(server):
+def test_an_address(server, monkeypatch):
     folder, address = server
     (folder / "rows.csv").write_text(as_csv(RECORDS))
     rows = load_rows(address + "rows.csv?raw=true")
@@ -291,13 +268,8 @@ def test_an_address(server):
     assert rows[0].source == address + "rows.csv?raw=true row 1"
     with pytest.raises(UserError, match=r"gone.csv: cannot be read \(HTTP Error 404"):
         load_rows(address + "gone.csv")
-
-
-def test_socratiq_is_an_address(server, monkeypatch):
-    folder, address = server
-    monkeypatch.setattr(data, "SOCRATIQ", address + "mturk.csv")
-    (folder / "mturk.csv").write_text(",thought,question,label\n0,A text.,What?,clarity\n")
-    assert plain(load_rows("socratiq")) == [("A text.", "What?", "Clarity")]
+    monkeypatch.setattr(data, "SOCRATIQ", address + "rows.csv")
+    assert plain(load_rows("socratiq")) == EXPECTED
 
 
 def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
@@ -319,17 +291,6 @@ def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
     assert rows[2].source == "someone/questions:plain test row 1"
     with pytest.raises(UserError, match=r"Config name is missing.*plain.*owner/name:configuration"):
         load_rows("someone/questions")
-
-
-def test_no_network_is_one_clear_line():
-    program = (
-        "from socratiq.run.errors import main; from socratiq.data import load_rows; main(lambda: load_rows('a/b'))"
-    )
-    environment = {"HF_HUB_OFFLINE": "1", "PATH": ""}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: a/b: no such file or folder here, and the Hub gave no data set of that name")
-    assert run.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ sample
@@ -370,23 +331,6 @@ def test_added_rows_move_no_others():
     assert set(split_by_context(few)[1]) == set(split_by_context(many)[1]) & set(few)
 
 
-def test_case_and_spacing_do_not_leak_a_context():
-    for seed in range(20):
-        pairs = rows_of(*(f"Some text {n}" for n in range(10)), *(f"some  TEXT\n{n}" for n in range(10)))
-        _, held_out = split_by_context(pairs, 0.5, seed)
-        assert Counter(row.context.split()[-1] for row in held_out).keys() == {
-            number for number, count in Counter(row.context.split()[-1] for row in held_out).items() if count == 2
-        }
-
-
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_two_contexts_are_one_for_each_side(share):
-    for seed in range(10):
-        train, held_out = split_by_context(rows_of("a", "b", "a"), share, seed)
-        assert {row.context for row in train} | {row.context for row in held_out} == {"a", "b"}
-        assert train and held_out
-
-
 def test_nothing_to_hold_out():
     assert split_by_context(rows_of("a", "A ")) == (rows_of("a", "A "), [])
     assert split_by_context(rows_of("a", "b"), held_out=0) == (rows_of("a", "b"), [])
@@ -414,30 +358,23 @@ def test_pairs(tmp_path):
     assert train and held_out and len(train) + len(held_out) == 3
 
 
-@pytest.mark.parametrize("name", ["pairs.csv", "pairs.json", "pairs.parquet"])
-def test_pairs_come_from_every_kind_of_file(tmp_path, name):
+def test_pairs_come_from_every_kind_of_file(tmp_path):
+    """Through the readers of rows; the newline at the end of a prompt stays."""
     records = [{"prompt": f"Ask {n}.\n", "chosen": "Why?", "rejected": "What?", "context": ""} for n in range(2)]
-    if name == "pairs.parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
-    else:
-        (tmp_path / name).write_text(as_csv(records) if name == "pairs.csv" else json.dumps(records))
-    assert [pair[:5] for pair in load_pairs(str(tmp_path / name))] == [(*r.values(), "") for r in records]
+    (tmp_path / "pairs.csv").write_text(as_csv(records))
+    assert [pair[:5] for pair in load_pairs(str(tmp_path / "pairs.csv"))] == [(*r.values(), "") for r in records]
 
 
 # -------------------------------------------------------------------------------------------------------------- size
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-def test_a_hundred_thousand_rows_in_bounded_memory_and_time(tmp_path):
-    """About 3 s and 130 MB on one core of a laptop for this 50 MB file; the bounds are loose for slow machines."""
+def test_many_rows_in_bounded_memory_and_time(tmp_path):
+    """About 2 s and 90 MB for this 16 MB file on one core of a laptop; the bounds are loose for slow machines."""
     path = tmp_path / "many.csv"
+    lines = (f'"{number} {"some words, " * 40}","Why is it number {number}?",clarity\n' for number in range(30_000))
     with open(path, "w") as file:
-        file.write("context,question,type\n")
-        for number in range(100_000):
-            file.write(f'"{number} {"some words, " * 40}","Why is it number {number}?",clarity\n')
+        file.writelines(["context,question,type\n", *lines])
     program = (
         "import time; from socratiq.data import load_rows, split_by_context\n"
         f"train, held_out = split_by_context(load_rows({str(path)!r}))\n"
@@ -446,9 +383,7 @@ def test_a_hundred_thousand_rows_in_bounded_memory_and_time(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     rows, seconds, kilobytes = map(int, run.stdout.split())
-    assert rows == 100_000
-    assert kilobytes < 250_000
-    assert seconds < 30
+    assert rows == 30_000 and kilobytes < 120_000 and seconds < 15
 
 
 def test_only_rows_of_some_types_and_the_negatives(tmp_path):

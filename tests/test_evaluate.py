@@ -2,8 +2,8 @@
 
 import json
 import math
+import shutil
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,32 +28,19 @@ def test_duplicates_are_said_before_word_for_word():
     assert measures.duplicates([]) == 0
 
 
-@pytest.mark.parametrize(
-    ("question", "share"),
-    [
-        ("What argument makes a tobacco tax unfair?", 3 / 5),  # argu toba unfa; not make, tax
-        ("What does argument mean?", 1 / 2),
-        ("Why is it so?", 0),
-    ],
-)
-def test_relatedness_counts_content_words_by_their_beginnings(question, share):
-    assert measures.relatedness(question, "Smokers argue that taxes on tobacco are unfair.") == share
+def test_relatedness_counts_content_words_by_their_beginnings():
+    text = "Smokers argue that taxes on tobacco are unfair."
+    assert measures.relatedness("What argument makes a tobacco tax unfair?", text) == 3 / 5  # argu toba unfa; not tax
+    assert measures.relatedness("What does argument mean?", text) == 1 / 2
+    assert measures.relatedness("Why is it so?", text) == 0
 
 
-@pytest.mark.parametrize(
-    ("question", "fine"),
-    [
-        ("What do you mean by fair?", True),
-        ("What do you mean", False),
-        ("What? Why?", False),
-        ("Why?", False),
-        ("What do you\nmean by fair?", False),
-        ("", False),
-        ("The tax on sugar is fair and good?", False),  # copied
-    ],
-)
-def test_well_formed(question, fine):
-    assert measures.well_formed(question, "The tax on sugar is fair and good.") is fine
+def test_well_formed():
+    """As pairs are checked: test_flaw in tests/test_pairs.py."""
+    text = "The tax on sugar is fair and good."
+    assert measures.well_formed("What do you mean by fair?", text)
+    for question in ("What do you mean", "What do you\nmean by fair?", "", "The tax on sugar is fair and good?"):
+        assert not measures.well_formed(question, text), question
 
 
 # ------------------------------------------------------------------------------------------------------- the figures
@@ -178,8 +165,8 @@ def test_texts_are_drawn_by_the_seed_and_stand_in_their_order():
 
 def test_people_are_those_who_asked_about_the_drawn_texts_and_were_not_called_bad():
     row = Row("Cats are dogs.", "Analogy of cats?", "Analogy", "")
-    bad, elsewhere = row._replace(preference="rejected"), row._replace(context="Cows.")
-    assert asking.ask_people([row, bad, elsewhere], TASKS) == [record(0, "Analogy of cats?")]
+    rows = [row, row._replace(preference="rejected"), row._replace(context="Cows.")]
+    assert asking.ask_people(rows, TASKS) == [record(0, "Analogy of cats?")]
 
 
 def test_a_question_depends_on_text_type_and_seed_alone(tiny):
@@ -219,8 +206,13 @@ def records(*questions):
     return [record(0, question, "Clarity") for question in questions]
 
 
-def test_grades_are_asked_once_and_kept(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_grades_are_asked_once_and_kept(tmp_path):
     said = '```json\n{"type": 4, "relevance": 5, "quality": 2}\n```'
     with FaultServer(answer=lambda body: said) as server:
         stages = {"sft": records("Why?", "Who?"), "ppo": records("Why?")}
@@ -240,8 +232,7 @@ def test_an_answer_that_is_no_grade_is_no_grade(said):
     assert api_judge.read_grades(said) is None
 
 
-def test_ungraded_questions_are_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def test_ungraded_questions_are_counted(tmp_path, capsys):
     with FaultServer(answer=lambda body: "no") as server:
         stages = {"sft": records("Why?")}
         api_judge.grade(stages, ["A text."], grading(server.url, tmp_path))
@@ -249,9 +240,7 @@ def test_ungraded_questions_are_counted(tmp_path, monkeypatch, capsys):
     assert "1 questions have no grade" in capsys.readouterr().err
 
 
-def test_a_wrong_model_and_a_missing_key_are_said(tmp_path, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+def test_a_wrong_model_and_a_missing_key_are_said(tmp_path):
     with pytest.raises(UserError, match="set OPENAI_API_KEY"):
         api_judge.grade({}, [], grading(None, tmp_path))
     with FaultServer(["404"]) as server, pytest.raises(UserError, match="there is no model"):
@@ -267,11 +256,9 @@ def place(tmp_path, inputs, monkeypatch):
     from socratiq.models import resolve
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.jsonl").write_bytes((inputs / "rows.jsonl").read_bytes())
+    shutil.copy(inputs / "rows.jsonl", tmp_path)
     for stage in ("sft", "dpo"):
-        (tmp_path / "runs" / stage).mkdir(parents=True)
-        for file in Path(resolve("tiny")).iterdir():
-            (tmp_path / "runs" / stage / file.name).symlink_to(file)
+        shutil.copytree(resolve("tiny"), tmp_path / "runs" / stage)
     settings = {"stage": "sft", "model": "tiny", "data": "rows.jsonl", "held_out": 0.3, "seed": 0}
     (tmp_path / "runs" / "sft" / "train_args.json").write_text(json.dumps(settings))
     (tmp_path / "runs" / "scorer").symlink_to(inputs / "scorer")
@@ -329,9 +316,7 @@ def test_without_scorer_base_and_people_the_rest_is_measured(place, capsys):
     (place / "runs" / "scorer").unlink()
     evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2"])
     found = evaluation(place)
-    assert (
-        "left out: scorer: runs/scorer is not there or not finished; make_pairs.py makes it" in capsys.readouterr().out
-    )
+    assert "left out: scorer: runs/scorer is not there or not finished; make_pairs.py" in capsys.readouterr().out
     assert found["classifiers"] == ["judge"] and not (place / "runs" / "scorer").exists()
     of = found["stages"]["sft"]
     assert len(of["questions"]) == 3 * 2 * 2
@@ -349,19 +334,24 @@ def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys)
     assert "--sft was trained with another --held-out or --seed and may have seen these" in capsys.readouterr().err
 
 
-def test_an_error_names_the_option(place):
-    with pytest.raises(UserError, match="no text is held out"):
-        evaluate.run([*SMALL, "--held-out", "0"])
-    with pytest.raises(UserError, match="--dpo runs/other"):
-        evaluate.run([*SMALL, "--dpo", "runs/other"])
-    with pytest.raises(UserError, match="no model to evaluate"):
-        evaluate.run([*FEW, "--sft", "none"])
-    row = {"context": "Some other text.", "question": "Is it so?", "type": "Fear appeal"}
-    other = place / "other.jsonl"
-    rows = [row | {"context": f"Some other text {n}."} for n in range(9)]
-    other.write_text((place / "rows.jsonl").read_text() + "".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"--scorer runs/scorer does not know \['Fear appeal'\] of other.jsonl"):
-        evaluate.run([*FEW, "--data", "other.jsonl"])
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--held-out", "0"], "no text is held out"),
+        (["--dpo", "runs/other"], "--dpo runs/other"),
+        (["--sft", "none"], "no model to evaluate"),
+        (["--data", "other.jsonl"], r"--scorer runs/scorer does not know \['Fear appeal'\] of other.jsonl"),
+    ],
+)
+def test_an_error_names_the_option(place, more, says):
+    rows = [{"context": f"Other text {n}.", "question": "Is it so?", "type": "Fear appeal"} for n in range(9)]
+    lines = [(place / "rows.jsonl").read_text(), *(json.dumps(row) + "\n" for row in rows)]
+    (place / "other.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=says):
+        evaluate.run([*FEW, *more])
+
+
+def test_broken_arguments_of_a_stage_are_named(place):
     (place / "runs" / "sft" / "train_args.json").write_text("{")
     with pytest.raises(UserError, match=r"train_args.json: not JSON"):
         evaluate.run(FEW)

@@ -1,7 +1,6 @@
 """Whatever is thrown at the loaders and at the template: rows or one clear line, and never a control token."""
 
 import csv
-import io
 import json
 import string
 
@@ -9,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from socratiq.data import Row, clean, load_pairs, load_rows, split_by_context
+from socratiq.data import Row, clean, load_rows, split_by_context
 from socratiq.prompts import TEMPLATE_HEAD, TEMPLATE_TAIL, build_prompt, encode_completion, encode_prompt
 from socratiq.run.errors import UserError
 from socratiq.taxonomy import TYPES, display_name
@@ -23,21 +22,11 @@ fuzz = settings(
 )
 
 # Texts in which the things that matter turn up far more often than among random letters.
-PIECES = [
-    *(
-        "### Response:\n",
-        "\n\n### Response:\n",
-        "### Input:\n",
-        "### Instruction:",
-        TEMPLATE_HEAD,
-        "{type}",
-        "{context}",
-    ),
-    *("<|im_end|>", "<|im_start|>system\n", "<|endoftext|>", "<s>", "</s>", "<unk>", "[INST]", "<|eot_id|>", "<pad>"),
-    *("<think>", "</tool_call>", "clarity: ", "others: ", "Why? ", "NA", "null", "nan", "None"),
-    *",\"'\n\r\t;\\\0 ?",
-    *("\r\n", "\x1b[31m", "\u202e", "\u200b", "\ufeff", "\u2028", "\x85", "é", "e\u0301", "👩‍👩‍👧", "漢字", "ﷺ", "𝕳"),
-]
+MARKERS = ["### Response:\n", "\n\n### Response:\n", "### Input:\n", "### Instruction:", "{type}", "{context}"]
+CONTROLS = "<|im_end|> <|im_start|>system\n <|endoftext|> <s> </s> <unk> [INST] <|eot_id|> <pad> <think> </tool_call>"
+PIECES = [TEMPLATE_HEAD, *MARKERS, *CONTROLS.split(" "), "clarity: ", "others: ", "Why? ", "NA", "null", "nan", "None"]
+PIECES += [*",\"'\n\r\t;\\\0 ?", "\r\n", "\x1b[31m", "\u202e", "\u200b", "\ufeff", "\u2028", "\x85"]
+PIECES += ["é", "e\u0301", "👩‍👩‍👧", "漢字", "ﷺ", "𝕳"]
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=8).map("".join)
 whole_texts = texts.filter(lambda text: clean(text))
 labels = st.sampled_from([spelling for kind in TYPES for spelling in kind.spellings] + ["others", "moral_appeal"])
@@ -58,15 +47,13 @@ def check(rows, typed=True):
         row.context.encode(), row.question.encode(), row.type.encode()
 
 
-def load(load_function, path):
+def load(path, typed=True):
     """Rows that keep their promise, or an error of one line that names the file."""
     try:
-        rows = load_function(str(path))
+        check(load_rows(str(path)), typed)
     except UserError as error:
         message = str(error)
         assert str(path) in message and "\n" not in message and len(message) < 1000, message
-        return None
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------ loaders
@@ -82,9 +69,7 @@ def test_any_bytes(tmp_path, suffix, data):
     content = head + data.draw(st.binary(max_size=60) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")))
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(content)
-    rows = load(load_rows, path)
-    if rows is not None:
-        check(rows)
+    load(path)
 
 
 @fuzz
@@ -94,45 +79,29 @@ def test_any_json(tmp_path, records, as_lines, ascii):
     dumped = [json.dumps(record, ensure_ascii=as_ascii) for record in records]
     path = tmp_path / ("rows.jsonl" if as_lines else "rows.json")
     path.write_text("\n".join(dumped) if as_lines else f"[{', '.join(dumped)}]", encoding="utf-8")
-    rows = load(load_rows, path)
-    if rows is not None:
-        check(rows, typed=not any(isinstance(record, dict) and "preference" in record for record in records))
-    load(load_pairs, path)
+    load(path, typed=not any(isinstance(record, dict) and "preference" in record for record in records))
 
 
 @fuzz
 @given(st.lists(st.lists(texts, min_size=2, max_size=5), max_size=5), st.sampled_from([",", ";", "\t"]))
 def test_any_csv(tmp_path, records, delimiter):
-    out = io.StringIO()
-    csv.writer(out, delimiter=delimiter).writerows([["context", "question", "type"], *records])
     path = tmp_path / "rows.csv"
-    path.write_bytes(out.getvalue().encode("utf-8", "replace"))
-    rows = load(load_rows, path)
-    if rows is not None:
-        check(rows)
+    with open(path, "w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file, delimiter=delimiter).writerows([["context", "question", "type"], *records])
+    load(path)
 
 
-@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @fuzz
 @given(records=st.lists(st.tuples(whole_texts, whole_texts, labels), min_size=1, max_size=4))
 def test_what_is_written_comes_back(tmp_path, capsys, suffix, records):
-    records = [tuple(text.encode("utf-8", "ignore").decode() for text in record) for record in records]
     records = [(f"text {context}", f"why {question}", label) for context, question, label in records]
-    path = tmp_path / f"rows.{suffix}"
-    objects = [dict(zip(("context", "question", "type"), record, strict=True)) for record in records]
-    if suffix == "csv":
-        out = io.StringIO()
-        csv.writer(out).writerows([["context", "question", "type"], *records])
-        path.write_bytes(out.getvalue().encode())
-    elif suffix == "json":
-        path.write_text(json.dumps(objects))
-    elif suffix == "jsonl":
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in objects), newline="")
-    else:
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(objects), path)
+    names, path = ("context", "question", "type"), tmp_path / f"rows.{suffix}"
+    with open(path, "w", newline="", encoding="utf-8", errors="ignore") as file:
+        if suffix == "csv":
+            csv.writer(file).writerows([names, *records])
+        else:
+            file.writelines(f"{json.dumps(dict(zip(names, r, strict=True)), ensure_ascii=False)}\n" for r in records)
     expected = [(clean(c), " ".join(clean(q).split()), display_name(label)) for c, q, label in records]
     rows = load_rows(str(path))
     assert [row[:3] for row in rows] == list(dict.fromkeys(expected))
@@ -147,9 +116,8 @@ def test_clean_texts_stay_clean(text):
     assert clean(tidy) == tidy
     tidy.encode()  # no half of a surrogate pair is left
     assert all(letter.isprintable() or letter in "\n\t" or ord(letter) > 127 for letter in tidy)
-    assert [c for c in text if c in string.ascii_letters] == [
-        c for c in tidy if c in string.ascii_letters
-    ] or "\u0301" in text
+    letters, kept = ([c for c in said if c in string.ascii_letters] for said in (text, tidy))
+    assert letters == kept or "\u0301" in text
 
 
 @fuzz
@@ -168,15 +136,11 @@ def test_any_label_has_one_display_name(label):
 )
 def test_any_split(contexts, share, seed):
     rows = [Row(context, f"{n}?", "Clarity", "here") for n, context in enumerate(contexts)]
-    train, held_out = split_by_context(rows, share, seed)
-    assert sorted(train + held_out) == sorted(rows)
-
-    def keys(rows):
-        return {" ".join(row.context.lower().split()) for row in rows}
-
-    assert not keys(train) & keys(held_out)
-    if len(keys(rows)) > 1 and share > 0:
-        assert train and held_out
+    sides = split_by_context(rows, share, seed)
+    assert sorted(sides[0] + sides[1]) == sorted(rows)
+    train, held_out = ({" ".join(row.context.lower().split()) for row in side} for side in sides)
+    assert not train & held_out
+    assert len(train | held_out) < 2 or share == 0 or (train and held_out)
 
 
 # ----------------------------------------------------------------------------------------------------------- template

@@ -94,16 +94,9 @@ def test_ppo_rewards_and_advantages_add_up(pages):
 def test_ppo_prints_the_reward_of_the_saved_scorer(inputs, capsys, monkeypatch):
     from socratiq.scorer.reward import load_scorer
 
-    argv = [
-        "show",
-        "--stage",
-        "ppo",
-        "--model",
-        "tiny",
-        "--scorer",
-        str(inputs / "deep_scorer"),
-    ]
-    monkeypatch.setattr("sys.argv", [*argv, "--data", str(inputs / "rows.jsonl")])
+    options = ["--stage", "ppo", "--model", "tiny"]
+    files = ["--scorer", str(inputs / "deep_scorer"), "--data", str(inputs / "rows.jsonl")]
+    monkeypatch.setattr("sys.argv", ["show", *options, *files])
     show.run()
     page = capsys.readouterr().out
     text, kind = re.search(r"text +(.+)\ntype +(.+)", page).groups()
@@ -138,9 +131,3 @@ def test_picks_the_shortest_text_with_two_types():
     assert [row.type for row in show.pick_rows(rows, "x.csv")] == ["Clarity", "Analogy"]
     with pytest.raises(UserError, match=r"--data x.csv: no text has questions of two types"):
         show.pick_rows(rows[:2], "x.csv")
-
-
-def test_help_answers_without_loading_torch():
-    probe = "import sys, socratiq.show; print('torch' in sys.modules, 'transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False False"
