@@ -288,6 +288,7 @@ def _records(name: str, rows: Iterable) -> Records:
 def _read_csv(text: str) -> Iterator[dict]:
     """Separated by comma, semicolon or tab, whichever the header has most of, or as Excel's first line `sep=;` says."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells above 131,072 characters
+    text = text.lstrip("\r\n")
     excel = re.match("sep=(.)\r?\n", text)
     delimiter = excel[1] if excel else max(",;\t", key=text.partition("\n")[0].count)
     lines = (line[0] for line in re.finditer(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+", text))

@@ -68,7 +68,7 @@ def rows_of_file(tmp_path):
         ("tab.tsv", as_csv(RECORDS, "\t")),
         ("windows.csv", "\ufeff" + as_csv(RECORDS, newline="\r\n")),
         ("CAPITALS.CSV", as_csv(RECORDS)),
-        ("gaps.csv", as_csv(RECORDS).replace("\n", "\n\n", 1) + "\n\n"),
+        ("gaps.csv", "\n\n" + as_csv(RECORDS).replace("\n", "\n\n", 1) + "\n\n"),
         ("array.json", json.dumps(RECORDS, indent=2)),
         ("lines.json", json_lines(RECORDS)),
         ("bom.json", "\ufeff" + json.dumps(RECORDS)),
