@@ -123,18 +123,6 @@ def picked(keys: list[str], args) -> set[str]:
     return {key for key in kept if int(key, 16) % parts == part - 1}
 
 
-def open_scorer(args, rows: list[Row], held_out: set[str]):
-    """The saved scorer of --scorer, or a new one. It learns neither from held-out texts nor from the judge's."""
-    from socratiq.scorer import Scorer, grading, language_model, reward
-
-    if (args.scorer / "scorer.json").exists():
-        scorer = reward.load_scorer(args.scorer, args.device, args.dtype)
-        reward.check_unseen(scorer, held_out, args.scorer)
-        return scorer
-    lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
-    return Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
-
-
 def grade(rows: list[Row], held_out: set[str], lm) -> list[Job]:
     """(a) A job for each row, with the row's strengths by a scorer that never saw its text.
 
@@ -226,24 +214,6 @@ def show_plan(requests: list[Request], args) -> None:
     print(f"about {sent:,} prompt tokens, {answered:,} answer tokens, {usd:.4f} USD")
 
 
-def open_writer(args):
-    """The writer, before any long work: a mistake in its arguments should show at once."""
-    from socratiq.pairs.writers import LocalWriter, OpenAIWriter
-
-    if args.writer == "openai":
-        options = {"concurrency": args.concurrency, "max_tokens": args.api_max_tokens, "timeout": args.timeout}
-        return OpenAIWriter(args.api_model or "gpt-4o-mini", args.base_url, **options)
-    from socratiq.models import load_policy, load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(args.policy)
-        policy = load_policy(args.policy, args.device, args.dtype, trainable=False, seed=args.seed, plain=args.plain)
-    except UserError as error:
-        raise UserError(f"{error} (train_sft.py writes runs/sft)".replace("--model", "--policy")) from None
-    settings = {name: getattr(args, name) for name in ("seed", "max_prompt_tokens", "max_new_tokens")}
-    return LocalWriter(policy, tokenizer, fingerprint(args.policy) or args.policy, args.batch_size, settings)
-
-
 def run() -> None:
     args = parse_arguments()
     rows = load_rows(args.data, args.types)
@@ -259,13 +229,38 @@ def run() -> None:
         left = [{"reason": "no partner (--max-per-question)", **row._asdict()} for row in rows if row not in used]
         return save(args, [line for line in pairs if digest(line) in kept], left, len(rows))
 
-    # (a) Grade and (b) choose.
-    rows = [row for row in rows if row.type and row.preference != "rejected"]
-    writer = open_writer(args)
+    from socratiq.models import load_policy, load_tokenizer
+    from socratiq.pairs.writers import LocalWriter, OpenAIWriter
+    from socratiq.scorer import Scorer, grading, language_model, reward
+
+    # The writer, before any long work: a mistake in its arguments should show at once.
+    if args.writer == "openai":
+        options = {"concurrency": args.concurrency, "max_tokens": args.api_max_tokens, "timeout": args.timeout}
+        writer = OpenAIWriter(args.api_model or "gpt-4o-mini", args.base_url, **options)
+    else:
+        try:
+            tokenizer = load_tokenizer(args.policy)
+            policy = load_policy(args.policy, args.device, args.dtype, trainable=False, plain=args.plain)
+        except UserError as error:
+            raise UserError(f"{error} (train_sft.py writes runs/sft)".replace("--model", "--policy")) from None
+        model = fingerprint(args.policy) or args.policy
+        settings = {name: getattr(args, name) for name in ("seed", "max_prompt_tokens", "max_new_tokens")}
+        writer = LocalWriter(policy, tokenizer, model, args.batch_size, settings)
     print(f"writer: {writer.name}; the texts go to {writer.address}", flush=True)
-    scorer = open_scorer(args, rows, held_out)
+
+    # The scorer, saved or new. It learns neither from held-out texts nor from the judge's.
+    saved = (args.scorer / "scorer.json").exists()
+    rows = [row for row in rows if row.type and row.preference != "rejected"]
+    if saved:
+        scorer = reward.load_scorer(args.scorer, args.device, args.dtype)
+        reward.check_unseen(scorer, held_out, args.scorer)
+    else:
+        lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
+        scorer = Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
+
+    # (a) Grade and (b) choose.
     jobs = grade(rows, held_out, scorer.lm)
-    if not args.dry_run and not (args.scorer / "scorer.json").exists():  # rows that cannot be graded leave none behind
+    if not (saved or args.dry_run):  # rows that cannot be graded leave no scorer behind
         scorer.save(args.scorer)
     choose(jobs, args.chosen_min)
     kept = picked([job.key for job in jobs if not job.dropped], args)

@@ -28,13 +28,10 @@ MADE_BY = {"sft": "train_sft.py", "dpo": "train_dpo.py", "ppo": "train_ppo.py", 
 
 
 def parse_arguments(argv: list[str] | None = None):
-    said = "The figures. " + "; ".join(f"{figure.title}: {figure.meaning}" for figure in FIGURES.values())
-    about = {"description": "Compare the stages on held-out texts.", "epilog": said}
-    parser = options.Parser(prog="python -m socratiq.evaluate", **about)
+    parser = options.Parser(prog="python -m socratiq.evaluate", description="Compare the stages on held-out texts.")
+    parser.epilog = "; ".join(f"{figure.title}: {figure.meaning}" for figure in FIGURES.values())
     parser.add_argument("runs", nargs="?", default="runs", help="folder that holds sft, dpo, ppo, scorer")
-    parser.add_argument(
-        "--out", metavar="FILE", help="default: evaluation.json in that folder; grades are kept beside it"
-    )
+    parser.add_argument("--out", metavar="FILE", help="default: evaluation.json in that folder; grades are beside it")
     add = parser.add_argument_group("models; one that is not there is left out, and so is one named none").add_argument
     add("--base", metavar="MODEL", help="default: the model that SFT began with, else smollm2")
     for name in MADE_BY:

@@ -18,16 +18,10 @@ class Figure(NamedTuple):
 
 
 FIGURES = {
-    "judge/accuracy": Figure(
-        "right type, judge", 1, True, "strongest type is the asked one, by a judge no stage has met"
-    ),
-    "scorer/accuracy": Figure(
-        "right type, scorer", 1, True, "the same by the scorer that DPO and PPO learnt to please"
-    ),
+    "judge/accuracy": Figure("right type, judge", 1, True, "strongest type is the asked one, by a judge no stage met"),
+    "scorer/accuracy": Figure("right type, scorer", 1, True, "the same by the scorer that DPO and PPO aim to please"),
     "scorer/reward": Figure("reward", 1, False, "strength of the type times the scorer's gates: what PPO maximises"),
-    "well_formed": Figure(
-        "well formed", 1, True, "one question of 3 to 60 words on one line, not copied from the text"
-    ),
+    "well_formed": Figure("well formed", 1, True, "one question of 3 to 60 words on one line, not a copy of the text"),
     "eos": Figure("ended", 1, True, "drew the end-of-sequence token within --max-new-tokens"),
     "words": Figure("words", 0, False, "mean length of a question"),
     "relatedness": Figure("relatedness", 1, True, "share of content words whose first four letters the text has too"),

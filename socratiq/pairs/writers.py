@@ -26,7 +26,6 @@ HOPELESS = {
 }
 USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
 TEMPERATURE = 0.5  # of the local writer
-LIMITS = ["max_tokens", "max_completion_tokens"]  # newer models of OpenAI know only the second, most servers the first
 
 
 class OpenAIWriter:
@@ -47,7 +46,6 @@ class OpenAIWriter:
 
     def __init__(self, model: str, base_url=None, concurrency=8, max_tokens=200, **client):
         self.model, self.name, self.slots = model, f"openai:{model}", concurrency
-        self.limits, self.max_tokens = LIMITS, max_tokens
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key or base_url or os.environ.get("OPENAI_BASE_URL")):
             raise UserError("set OPENAI_API_KEY, or give --base-url of a server that wants no key")
@@ -63,6 +61,9 @@ class OpenAIWriter:
         except Exception as error:  # of several kinds, from several packages
             raise UserError(f"--base-url {base_url}: {self.scrub(error)}") from None
         self.address = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
+        # Newer models of OpenAI know only the new name of the limit, many other servers only the old one.
+        newer = url.host.endswith(("openai.com", "openai.azure.com"))
+        self.limit = {"max_completion_tokens" if newer else "max_tokens": max_tokens}
 
     def body(self, job: Job) -> dict:
         return {"messages": messages(job)}
@@ -80,14 +81,7 @@ class OpenAIWriter:
             raise NoAnswer("not a completion") from None
 
     def _ask(self, body: dict) -> Answer:
-        create, (name, other) = self.client.chat.completions.with_raw_response.create, self.limits
-        try:
-            response = create(model=self.model, **body, **{name: self.max_tokens})
-        except openai.BadRequestError as error:
-            if error.param != name and other not in str(error):
-                raise
-            response = create(model=self.model, **body, **{other: self.max_tokens})
-            self.limits = [other, name]
+        response = self.client.chat.completions.with_raw_response.create(model=self.model, **body, **self.limit)
         return read_completion(response.http_response.json(), len(json.dumps(body)))
 
     def _judge(self, error: openai.APIStatusError) -> Exception:
@@ -141,11 +135,9 @@ def read_completion(body: dict, size: int) -> Answer:
         text = "".join(part["text"] for part in text if part["type"] == "text")
     if message.get("refusal"):
         text, finish = message["refusal"], "refusal"
-    if not isinstance(text, str):
-        raise TypeError
     usage = body.get("usage") or {}
     tokens = usage.get("prompt_tokens") or size // 4, usage.get("completion_tokens") or len(text) // 4
-    return Answer(text, finish, *tokens)
+    return Answer(text.strip(), finish, *tokens)
 
 
 class LocalWriter:

@@ -41,24 +41,20 @@ def draw(curves: Sequence[tuple[str, Points, str]], row: Metric) -> str:
     drawn = [f'<text class="note" x="{LEFT - 10}" y="{BOTTOM + 17}">step</text>']
     if band and band[0] < high and band[1] > low:
         top, bottom = y(min(band[1], high)), y(max(band[0], low))
-        place = f'x="{LEFT}" y="{top:.1f}" width="{RIGHT - LEFT}" height="{bottom - top:.1f}"'
-        drawn.append(f'<rect {place} style="fill:var(--band)"/>')
+        drawn.append(f'<path style="fill:var(--band);stroke:none" d="M{LEFT} {top:.1f}H{RIGHT}V{bottom:.1f}H{LEFT}"/>')
     for value in ticks(low, high):
         drawn.append(f'<path d="M{LEFT} {y(value):.1f}H{RIGHT}"/>')
         drawn.append(f'<text class="value" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{value:.5g}</text>')
     for step in ticks(first, last, whole=True):
         drawn.append(f'<text class="step" x="{x(step):.1f}" y="{BOTTOM + 17}">{step:.5g}</text>')
     if row.mark and low <= row.mark[0] <= high:
-        drawn.append(f'<path class="mark" d="M{LEFT} {y(row.mark[0]):.1f}H{RIGHT}"/>')
-        place = f'x="{RIGHT - 2}" y="{y(row.mark[0]) - 4:.1f}"'
-        drawn.append(f'<text class="note" {place}>{html.escape(row.mark[1])}</text>')
+        height, said = y(row.mark[0]), html.escape(row.mark[1])
+        drawn.append(f'<path class="mark" d="M{LEFT} {height:.1f}H{RIGHT}"/>')
+        drawn.append(f'<text class="note" x="{RIGHT - 2}" y="{height - 4:.1f}">{said}</text>')
     for (_, _, color), raw, xy, dots in zip(curves, thin, calm, dotted, strict=True):
-        drawn.append(f'<g style="--c:var(--{color})">')
-        if xy is not raw:
-            drawn.append(line(raw, "raw"))
-        drawn.append(line(xy, "curve"))
-        drawn += [f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>' for step, value in xy if dots]
-        drawn.append("</g>")
+        faint = line(raw, "raw") if xy is not raw else ""
+        circles = "".join(f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3"/>' for step, value in xy if dots)
+        drawn.append(f'<g style="--c:var(--{color})">{faint}{line(xy, "curve")}{circles}</g>')
     return f'<svg class="chart" viewBox="0 0 340 190">{"".join(drawn)}</svg>'
 
 

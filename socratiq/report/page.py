@@ -173,8 +173,8 @@ def build(folder: Path) -> str:
     )
 
 
-def export_tensorboard(runs: list[Run], folder: str) -> int:
-    """The metrics of every run as TensorBoard events, one subfolder a run -> how many numbers.
+def export_tensorboard(runs: list[Run], folder: str) -> None:
+    """Write the metrics of every run as TensorBoard events, one subfolder a run.
 
     Raises UserError if the package tensorboard is not installed.
     """
@@ -187,7 +187,6 @@ def export_tensorboard(runs: list[Run], folder: str) -> int:
             for name, points in run.series.items():
                 for step, value in points:
                     writer.add_scalar(name, value, int(step))
-    return sum(len(points) for run in runs for points in run.series.values())
 
 
 def write(argv: list[str] | None = None) -> None:
@@ -207,6 +206,6 @@ def write(argv: list[str] | None = None) -> None:
         raise UserError(f"{folder}: holds no run of train_sft.py, train_dpo.py or train_ppo.py yet")
     atomic_write(out, build(folder))
     if args.tensorboard:
-        count = export_tensorboard(runs, args.tensorboard)
-        print(f"{count:,} numbers in {args.tensorboard}; look at them with: tensorboard --logdir {args.tensorboard}")
+        export_tensorboard(runs, args.tensorboard)
+        print(f"look at the same curves with: tensorboard --logdir {args.tensorboard}")
     print(f"{out}: {', '.join(run.name for run in runs) or 'no runs'}; open it in a browser")
