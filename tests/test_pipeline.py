@@ -46,9 +46,7 @@ def check_metrics(folder, *missing):
     for stage in STAGES:
         timings = [json.loads(line) for line in (folder / "runs" / stage / "timings.jsonl").read_text().splitlines()]
         logged = {name for line in metrics(folder, stage) + timings for name in line} - {"step"}
-        explained = {
-            name for metric in read_metrics() if stage in metric.stages for name in metric.names
-        }  # "loss", "reward/*"
+        explained = {name for metric in read_metrics() if stage in metric.stages for name in metric.names}
         assert [name for name in logged if not any(fnmatch.fnmatch(name, known) for known in explained)] == [], stage
         assert [known for known in explained - {*missing} if not fnmatch.filter(logged, known)] == [], stage
 

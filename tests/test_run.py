@@ -2,13 +2,13 @@
 
 import argparse
 import errno
-import json
 import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,12 +16,13 @@ from small import small_policy, small_rows, stir
 
 from socratiq import training
 from socratiq.batch import make_batch
+from socratiq.data import SUFFIXES
 from socratiq.losses import sft_loss
 from socratiq.policy import token_logprobs
 from socratiq.run import errors
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write, replacing
-from socratiq.run.folder import Run, fingerprint
+from socratiq.run.folder import Run, fingerprint, peak_memory_mb
 
 
 def arguments(out, **more):
@@ -58,17 +59,12 @@ def some_updates(policy, optimizer, run, steps):
     return said
 
 
-def test_the_memory_is_that_of_the_device(tmp_path, monkeypatch):
+def test_the_memory_is_that_of_the_device(monkeypatch):
     """On a machine with a GPU, --device cpu computes, and takes memory, elsewhere."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5_000_000)
-    for device, there in (("cpu", False), ("auto", True), ("cuda", True)):
-        run = new_run(tmp_path / device, device=device)
-        run.load(policy := small_policy(), optimizer := torch.optim.AdamW(policy.trainable().values()))
-        for step in run.steps(0, 1):
-            run.end_step(step + 1, policy, optimizer, {}, {}, seconds=1.0, tokens=10)
-        line = json.loads((tmp_path / device / "timings.jsonl").read_text())
-        assert (line["peak_memory_mb"] == 5.0) == there and line["peak_memory_mb"] > 0
+    assert peak_memory_mb("auto") == peak_memory_mb("cuda") == 5.0
+    assert 5.0 != peak_memory_mb("cpu") > 0
 
 
 # --- checkpoints
@@ -110,18 +106,15 @@ def test_a_checkpoint_brings_everything_back(tmp_path, lora_rank, fused):
             assert (value.dtype, value.device) == (second.state[other][key].dtype, second.state[other][key].device)
 
 
-def test_the_end_leaves_a_summary_and_no_checkpoint(tmp_path, capsys):
-    policy = small_policy()
-    optimizer = torch.optim.AdamW(policy.trainable().values())
-    run = new_run(tmp_path / "out")
-    run.load(policy, optimizer)
-    run.save(policy, optimizer, {"step": 1})
-    run.finish(steps=1, loss=torch.tensor(math.inf))
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary == {"steps": 1, "loss": None}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train_args.json", "summary.json"}
-    assert new_run(tmp_path / "out").finished
-    assert "is finished already" in capsys.readouterr().out
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    new_run(tmp_path)  # an empty one will do
+    with pytest.raises(UserError, match="is the folder of --model"):
+        new_run(tmp_path, model=str(tmp_path))
+    for content in ("[]", '{"stage": "dpo"}'):
+        (tmp_path / "train_args.json").write_text(content)
+        for restart in (False, True):
+            with pytest.raises(UserError, match="exists and is no run of train_sft"):
+                new_run(tmp_path, restart=restart)
 
 
 def test_arguments_of_another_version_do_not_count(tmp_path):
@@ -135,78 +128,56 @@ def test_arguments_of_another_version_do_not_count(tmp_path):
 # --- inputs
 
 
-def test_fingerprints(tmp_path, monkeypatch):
+def changes(name, path, content) -> bool:
+    """Whether the input `name` counts as another one when the file holds this."""
+    before = fingerprint(name)
+    path.write_bytes(content)
+    return fingerprint(name) != before
+
+
+def test_an_input_is_known_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("meta-llama/Llama-3.1-8B", "sample", "missing.csv", "installed_package:reward"):
+        assert fingerprint(name) is None
     model = tmp_path / "model"
     model.mkdir()
-    assert fingerprint(str(model)) is None  # no model in it
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"a" * 1000)
-    first = fingerprint(str(model))
-    (model / "README.md").write_text("says nothing of the model")
-    (model / "training_args.bin").write_text("nor does this")
-    assert fingerprint(str(model)) == first and len(first) == 16
-    (model / "model.safetensors").write_bytes(b"a" * 999 + b"b")
-    assert fingerprint(str(model)) != first
-    assert fingerprint("meta-llama/Llama-3.1-8B") is None
-    assert fingerprint("sample") is None and fingerprint("socratiq") is None
-    assert fingerprint(str(tmp_path / "missing.csv")) is None
-
-
-def test_a_reward_is_known_by_its_source(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): ...")
-    first = fingerprint("mine.rewards:wordy")
-    (tmp_path / "mine" / "rewards.py").write_text("def wordy(contexts, questions, types): return 1")
-    assert first and fingerprint("mine.rewards:wordy") not in (first, None)
-    assert fingerprint("installed_package:reward") is None
+    assert fingerprint("model") is None  # an empty folder
+    assert changes("model", model / "config.json", b"{}")
+    assert changes("model", model / "model.safetensors", b"a" * 1000)
+    assert changes("model", model / "model.safetensors", b"a" * 999 + b"b")
+    assert not changes("model", model / "README.md", b"says nothing of the model")
+    assert not changes("model", model / "training_args.bin", b"nor does this")
+    for content in (b"def wordy(contexts, questions, types): ...", b"def wordy(*_): ..."):
+        assert changes("rewards:wordy", tmp_path / "rewards.py", content)
+    for suffix in SUFFIXES:  # the room of a run imports no other one, so its list of endings is its own
+        assert changes(".", tmp_path / f"rows{suffix}", b"a") and changes(".", tmp_path / f"rows{suffix}", b"b")
 
 
 def test_of_large_weights_the_end_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("socratiq.run.folder.READ_LAST", 10_000)
-    path = tmp_path / "model.safetensors"
-    content, found = bytearray(100_000), []
-    for place in (50_000, 99_999, 90_001):
+    path, content = tmp_path / "model.safetensors", bytearray(100_000)
+    assert changes(str(path), path, content)
+    for place, counts in ((50_000, False), (99_999, True), (90_001, True)):
         content[place] = 1
-        path.write_bytes(content)
-        found.append(fingerprint(str(path)))
-    path.write_bytes(content + b"longer")
-    assert len({*found, fingerprint(str(path))}) == 4
-
-
-def test_every_kind_of_data_file_counts(tmp_path):
-    """The room imports no other one, so its list of suffixes is its own."""
-    from socratiq.data import SUFFIXES
-
-    for suffix in SUFFIXES:
-        (tmp_path / f"rows{suffix}").write_text("a")
-        before = fingerprint(str(tmp_path))
-        (tmp_path / f"rows{suffix}").write_text("b")
-        assert fingerprint(str(tmp_path)) != before, suffix
+        assert changes(str(path), path, content) == counts
+    assert changes(str(path), path, content + b"longer")
 
 
 # --- the end of a step
 
 
-def one_step(out, step=1, **more):
-    """A run that has been loaded and is about to end its step."""
-    run = new_run(out, checkpoint_every=2, **more)
-    policy = small_policy()
+def unended_steps(out):
+    """A run of five steps: itself, and the function that ends the step, for each step."""
+    run, policy = new_run(out, checkpoint_every=2), small_policy()
     optimizer = torch.optim.AdamW(policy.trainable().values())
-    state = run.load(policy, optimizer)
-    for number in run.steps(state.get("step", 0), 5):
-        yield (
-            run,
-            lambda number=number, **options: run.end_step(
-                number + 1, policy, optimizer, {}, {}, seconds=1, tokens=1, **options
-            ),
-        )
+    run.load(policy, optimizer)
+    for step in run.steps(0, 5):
+        yield run, partial(run.end_step, step + 1, policy, optimizer, {}, {}, seconds=1, tokens=1)
 
 
 def test_a_checkpoint_is_written_when_it_is_due(tmp_path):
     steps = []
-    for run, end_step in one_step(tmp_path / "out"):
+    for run, end_step in unended_steps(tmp_path / "out"):
         run.checkpoint_file.unlink(missing_ok=True)
         end_step(checkpoint=len(steps) == 2)
         steps.append(run.checkpoint_file.exists())
@@ -215,12 +186,12 @@ def test_a_checkpoint_is_written_when_it_is_due(tmp_path):
 
 def test_a_folder_that_is_removed_during_the_run_is_told_in_one_line(tmp_path, capsys):
     def step():
-        for run, end_step in one_step(tmp_path / "out"):
+        for run, end_step in unended_steps(tmp_path / "out"):
             shutil.rmtree(run.out)
             end_step()
 
     def sample():
-        for run, _ in one_step(tmp_path / "out"):
+        for run, _ in unended_steps(tmp_path / "out"):
             shutil.rmtree(run.out)
             run.sample(question="Why?")
 
