@@ -20,29 +20,15 @@ from scripts import told
 from test_resume import contents
 
 TOLERANCE = 1e-5
-COMMON = ("--model", "tiny", "--device", "cpu", "--dtype", "float32", "--held-out", "0.3", "--lr", 3e-4)
+COMMON = "--model tiny --device cpu --dtype float32 --held-out 0.3 --lr 3e-4"
 
 # Odd numbers of rows, so that the processes never have the same number. A rank of 0 trains every weight.
-SFT = ("train_sft.py", "--data", "{inputs}/rows.jsonl", "--batch-size", 3, "--accumulate", 2, "--steps", 4)
-DPO = ("train_dpo.py", "--pairs", "{inputs}/pairs.jsonl", "--batch-size", 3, "--steps", 3, "--sft-coef", 0.1)
-PPO = (
-    *("train_ppo.py", "--data", "{inputs}/rows.jsonl", "--scorer", "{inputs}/scorer", "--batch-size", 5, "--steps", 3),
-    *(
-        "--allow-bare-scorer",
-        "--samples-per-prompt",
-        2,
-        "--max-new-tokens",
-        8,
-        "--kl-target",
-        0.1,
-        "--eval-prompts",
-        3,
-        "--eval-every",
-        2,
-    ),
-)
+SFT = "train_sft.py --data {inputs}/rows.jsonl --batch-size 3 --accumulate 2 --steps 4"
+DPO = "train_dpo.py --pairs {inputs}/pairs.jsonl --batch-size 3 --steps 3 --sft-coef 0.1"
+PPO = "train_ppo.py --data {inputs}/rows.jsonl --scorer {inputs}/scorer --allow-bare-scorer --batch-size 5 --steps 3 "
+PPO += "--samples-per-prompt 2 --max-new-tokens 8 --kl-target 0.1 --eval-prompts 3 --eval-every 2"
 STAGES = {
-    f"{name}-{kind}": (*arguments, *COMMON, "--lora-rank", rank)
+    f"{name}-{kind}": f"{arguments} {COMMON} --lora-rank {rank}"
     for name, arguments in (("sft", SFT), ("dpo", DPO), ("ppo", PPO))
     for kind, rank in (("lora", 4), ("full", 0))
 }
@@ -89,20 +75,20 @@ def small_disk():
 
 @pytest.fixture(scope="module")
 def launch(scripts, inputs):
-    """launch(world, arguments, out) starts `world` processes of one script, as torchrun does.
+    """launch(world, command, out) starts `world` processes of one script, as torchrun does.
 
     `victim` is the one that `at` and `how` (tests/scripts.py) are for.
     """
 
-    def launch(world, arguments, out, patch=None, victim=None, **kill):
+    def launch(world, command, out, patch=None, victim=None, **kill):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         together = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        arguments = [str(argument).format(inputs=inputs) for argument in arguments]
+        arguments = [*command.format(inputs=inputs).split(), "--out", out]
         return [
             scripts.start(
-                [*arguments, "--out", out],
+                arguments,
                 env={**together, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {},
                 patch=patch,
                 **(kill if rank == victim else {}),
@@ -162,13 +148,13 @@ def test_two_processes_do_what_one_does(launch, folder, alone, stage):
 
 
 def test_two_processes_that_compute_activations_again(launch, folder, alone):
-    finish(launch(2, (*STAGES["sft-lora"], "--grad-checkpoint"), folder / "again"))
+    finish(launch(2, STAGES["sft-lora"] + " --grad-checkpoint", folder / "again"))
     assert_same(alone / "sft-lora", folder / "again")
 
 
 def test_two_processes_in_bfloat16(launch, folder):
     """Frozen weights in bfloat16 beside adapters in float32: equal but for the rounding of other partial sums."""
-    rounded = (*STAGES["sft-lora"], "--dtype", "bfloat16")
+    rounded = STAGES["sft-lora"] + " --dtype bfloat16"
     for world in (1, 2):
         finish(launch(world, rounded, folder / "rounded" / str(world)))
     assert_same(folder / "rounded" / "1", folder / "rounded" / "2", tolerance=2e-3)
@@ -193,7 +179,7 @@ def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, s
 
 def test_no_process_writes_more_than_its_part(launch, folder):
     out = folder / "parts"
-    arguments = (*STAGES["ppo-full"], "--checkpoint-every", 1)
+    arguments = STAGES["ppo-full"] + " --checkpoint-every 1"
     finish(launch(2, arguments, out, patch="test_distributed:stop_at_2"), expect=143)
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"], "the one before is gone"
     assert not load_file(out / "checkpoint.safetensors"), "it holds the state alone"
@@ -226,7 +212,7 @@ def test_no_process_writes_more_than_its_part(launch, folder):
 @pytest.mark.parametrize("after", [1, 2])
 def test_a_checkpoint_without_its_file_does_not_count(launch, folder, alone, after):
     out = folder / "killed" / str(after)
-    arguments = (*STAGES["sft-full"], "--checkpoint-every", 1)
+    arguments = STAGES["sft-full"] + " --checkpoint-every 1"
     jobs = launch(2, arguments, out, patch="test_distributed:killed_among_the_parts")
     assert -signal.SIGKILL in [job.wait()[0] for job in jobs]  # whoever sees the other go before may give up instead
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
@@ -249,7 +235,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_of_two_processes_good(launch, fo
 
 def test_kills_of_one_of_two_processes(launch, folder):
     """At whatever operation on the disk; the other is killed as torchrun would. In the end the same bytes."""
-    arguments, out = (*STAGES["sft-full"], "--checkpoint-every", 1), folder / "kills"
+    arguments, out = STAGES["sft-full"] + " --checkpoint-every 1", folder / "kills"
     counts = []
     for victim in (0, 1):
         said = finish(launch(2, arguments, out / f"whole-{victim}", victim=victim, at=-1))[victim][1]
@@ -269,16 +255,13 @@ def test_kills_of_one_of_two_processes(launch, folder):
     assert not list((out / "killed").glob("checkpoint*"))
 
 
-def test_a_process_without_rows_keeps_in_step(launch, folder):
+@pytest.mark.parametrize("stage", ["sft-lora", "dpo-lora", "ppo-lora"])
+def test_a_process_without_rows_keeps_in_step(launch, folder, stage):
     """Two rows, two prompts, one pair at a time among three processes."""
-    few = {"sft": SFT, "dpo": DPO, "ppo": PPO}
-    for name, arguments in few.items():
-        arguments = (*arguments, *COMMON, "--lora-rank", 4, "--steps", 2, "--batch-size", 2)
-        if name == "sft":
-            arguments += ("--accumulate", 1)
-        finish(launch(1, arguments, folder / "one" / name))
-        finish(launch(3, arguments, folder / "three" / name))
-        assert_same(folder / "one" / name, folder / "three" / name)
+    few = STAGES[stage] + " --steps 2 --batch-size 2" + (" --accumulate 1" if stage == "sft-lora" else "")
+    for world in (1, 3):
+        finish(launch(world, few, folder / f"few-{world}" / stage))
+    assert_same(folder / "few-1" / stage, folder / "few-3" / stage)
 
 
 def test_a_mistake_is_told_once(launch, tmp_path):
@@ -286,27 +269,3 @@ def test_a_mistake_is_told_once(launch, tmp_path):
     (_, _, complained), (_, _, other) = finish(launch(2, STAGES["sft-lora"], tmp_path / "file"), expect=2)
     assert complained.startswith("error: --out") and complained.count("\n") == 1
     assert other == ""
-
-
-def exchange():
-    """Called in a script's two processes, in its place: things go to the other process and back."""
-    from socratiq.engine import distributed
-    from socratiq.run.errors import UserError
-
-    distributed.join("cpu")
-    items = [[1, [2, 3]], "d\u00e9j\u00e0 vu?", 0.1, {"a": None}, ()]
-    assert distributed.collect(distributed.share(items), len(items)) == items
-    assert distributed.collect(distributed.share([5], 0), 1) == [5], "one process has the filler alone"
-    assert distributed.first(lambda: {"rank": distributed.rank()}) == {"rank": 0}
-
-    def refuse():
-        raise UserError("no")
-
-    with pytest.raises(UserError, match=r"^no$"):
-        distributed.first(refuse)
-    torch.distributed.destroy_process_group()
-    os._exit(7)
-
-
-def test_what_processes_tell_each_other_arrives_as_it_was(launch, tmp_path):
-    finish(launch(2, ["train_sft.py"], tmp_path, patch="test_distributed:exchange"), expect=7)
