@@ -3,16 +3,12 @@
     with FaultServer(["429", "drop", "ok"]) as server:      one fault per request, then "ok" for ever
         ... server.url, server.requests ...
 
-By hand:  python tests/fault_server.py 503 "429 after 2" ok
-
 Its good answers depend on the request alone, so two runs that ask the same get the same.
 """
 
-import contextlib
 import json
 import re
 import socket
-import sys
 import threading
 import time
 import zlib
@@ -114,9 +110,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         pass
-
-    def do_GET(self):
-        self.send(200, {"object": "list", "data": []})
 
     def do_POST(self):
         length = int(self.headers.get("content-length", 0))
@@ -241,9 +234,3 @@ def completion(body: dict, text, finish: str = "stop", refusal=None) -> dict:
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
         "usage": {"prompt_tokens": sent, "completion_tokens": back, "total_tokens": sent + back},
     }
-
-
-if __name__ == "__main__":
-    with FaultServer(sys.argv[1:]) as running, contextlib.suppress(KeyboardInterrupt):
-        print(running.url, flush=True)
-        threading.Event().wait()

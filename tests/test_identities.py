@@ -117,30 +117,7 @@ def scored(policy, prompts, completions, temperature=1.0):
     return token_logprobs(policy, batch, temperature)["logprobs"], batch.mask
 
 
-# ------------------------------------------------------------------------------------------------- accumulation
-
-
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_accumulation_1x8_is_4x2_is_2x4_is_8x1(make_policy, lora_rank):
-    """Rows of very different length: a mean of means would be far off. 3 + 3 + 2 is a window that ends short."""
-    policy = make_policy(lora_rank=lora_rank)
-    stir(policy)
-    prompts, completions = small_rows(rows=8)
-    lengths = [len(row[0]) for row in completions]
-    assert max(lengths) >= 3 * min(lengths)
-    runs = []
-    for sizes in ([8], [4, 4], [2] * 4, [1] * 8, [3, 3, 2]):
-        loss, start = 0.0, 0
-        for size in sizes:
-            logprobs, mask = scored(policy, prompts[start : start + size], completions[start : start + size])
-            part = sft_loss(logprobs, mask, total=sum(lengths))
-            part.backward()
-            loss, start = loss + part.item(), start + size
-        runs.append((torch.tensor(loss), gradients(policy)))
-        policy.zero_grad()
-    for loss, gradient in runs[1:]:
-        close(loss, runs[0][0], 1e-6)
-        close(gradient, runs[0][1], 1e-6)
+# ---------------------------------------------------------------------------------------- gradient checkpointing
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

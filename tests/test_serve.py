@@ -19,10 +19,6 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 ROOT = Path(__file__).parent.parent
-WORDINGS = {
-    "Clarity": "What exactly do you mean by all {} being good?",
-    "Analogy": "Are {} and clouds really alike in the way that matters?",
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,41 +50,35 @@ def server(tmp_path_factory):
             process.kill()
 
 
-def make_pairs(folder, address, model, *more):
-    rows = folder / "rows.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"context": f"I think {n} are good.", "question": wording.format(n), "type": type}) + "\n"
-            for n in ("dogs", "trams", "schools", "taxes", "phones", "farms", "films", "wolves", "bikes", "books")
-            for type, wording in WORDINGS.items()
+@pytest.fixture
+def make_pairs(server, inputs, tmp_path):
+    """make_pairs(model, more): the script on the small rows, asking the server; the finished process."""
+
+    def run(model, more):
+        options = (
+            f"--data {inputs}/rows.jsonl --scorer {inputs}/scorer --scorer-model none --out {tmp_path}/pairs.jsonl"
         )
-    )
-    arguments = ["--data", rows, "--scorer", folder / "scorer", "--out", folder / "pairs.jsonl", "--base-url", address]
-    arguments += ["--scorer-model", "none"]
-    arguments += ["--api-model", model, "--api-max-tokens", "24", "--max-attempts", "2", "--timeout", "300", *more]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
-    return subprocess.run(
-        [sys.executable, ROOT / "make_pairs.py", *map(str, arguments)],
-        env={**environment, "NO_PROXY": "127.0.0.1"},
-        capture_output=True,
-        text=True,
-    )
+        options += f" --base-url {server[0]} --api-model {model} --api-max-tokens 24 --max-attempts 2 --timeout 300"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI")}
+        command = [sys.executable, ROOT / "make_pairs.py", *options.split(), *more.split()]
+        return subprocess.run(command, env={**environment, "NO_PROXY": "127.0.0.1"}, capture_output=True, text=True)
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_real_server(server, tmp_path):
-    address, model = server
-    done = make_pairs(tmp_path, address, model, "--limit", "2", "--concurrency", "1")
+def test_a_real_server(server, make_pairs, tmp_path):
+    done = make_pairs(server[1], "--limit 2 --concurrency 1")
     assert done.returncode in (0, 1), done.stderr  # 1: two answers of so small a model need not make a pair
     answers = [json.loads(line) for line in (tmp_path / "pairs.answers.jsonl").read_text().splitlines()]
     assert 2 <= len(answers) <= 4
     assert all(answer["text"] and answer["prompt_tokens"] > 50 for answer in answers)
     assert {answer["finish"] for answer in answers} <= {"stop", "length"}
-    again = make_pairs(tmp_path, address, model, "--limit", "2")
+    again = make_pairs(server[1], "--limit 2")
     assert again.returncode == done.returncode and "0 requests now" in again.stdout
 
 
 @pytest.mark.slow
-def test_a_model_the_real_server_does_not_have(server, tmp_path):
-    done = make_pairs(tmp_path, server[0], "no-such-model", "--limit", "8")
+def test_a_model_the_real_server_does_not_have(make_pairs):
+    done = make_pairs("no-such-model", "--limit 8")
     assert done.returncode == 2 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
