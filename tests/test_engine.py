@@ -154,12 +154,13 @@ def test_in_bfloat16_batches_are_padded_to_sizes_that_repeat_and_only_rounding_c
         policy.autocast = bfloat16
         speed_up(policy, torch.device("cpu"))
         assert ("hidden" in vars(policy)) == bfloat16
-        policy.autocast = False  # the same layout, compared in float32
         if bfloat16:
             policy.lm.model.layers[0].register_forward_hook(lambda layer, given, out: sizes.append(out.shape[1]))
             policy.lm.lm_head.register_forward_hook(lambda head, given, out: sizes.append(out.shape[0]))
+            token_logprobs(policy, make_batch(*rows))
+            assert len(sizes) == 2 and not any(size % padding.MULTIPLE for size in sizes)
+        policy.autocast = False  # the same layout, compared in float32
         found.append(results(policy, rows))
-    assert len(sizes) > 1 and not any(size % padding.MULTIPLE for size in sizes)
     for padded, plain in zip(*found[::-1], strict=True):
         torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
 
