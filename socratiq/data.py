@@ -297,6 +297,10 @@ def _read_csv(text: str) -> Iterator[dict]:
         next(reader.reader)
     number = 1
     try:
+        header = [cell.strip().lower() for cell in reader.fieldnames or ()]
+        twice = [cell for cell in header if cell and header.count(cell) > 1]
+        if twice:
+            raise ValueError(f"two columns are named {twice[0]!r}; rename one")
         for row in reader:
             if any(row.pop(None, ())) or None in row.values():
                 raise csv.Error(f"more or fewer cells than the {len(reader.fieldnames)} columns")

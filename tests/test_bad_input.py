@@ -88,6 +88,7 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
         csv_row(b'"Some\ntext.",a,b\n"No end,a,b\nMore.,a,b'),
         ": cannot be read (row 3, around line 4: ..." + CELLS,
     ),
+    ("rows.csv", b"context,question,type,Type\na,b,c,d\n", ": cannot be read (two columns are named 'type'; ..."),
     ("rows.csv", csv_row(b'"He" said.,Why?,clarity'), ": cannot be read (row 2, around line 2: ..." + CELLS),
     # ---- fields
     ("rows.csv", csv_row(b",Why?,clarity"), f" row 2: the context {EMPTY}"),
