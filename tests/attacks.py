@@ -22,16 +22,9 @@ class Attack(NamedTuple):
     type: str  # the type it is handed in for
 
 
-FOREIGN = (
-    "Warum glauben Sie das eigentlich?",
-    "¿Por qué piensas que eso es cierto?",
-    "Pourquoi pensez-vous que c'est vrai ?",
-    "Che cosa intendi con questa affermazione?",
-    "Почему вы так думаете?",
-    "你为什么这样认为？",
-    "なぜそう思うのですか？",
-    "لماذا تعتقد ذلك؟",
-)
+FOREIGN = ("Warum glauben Sie das eigentlich?", "¿Por qué piensas que eso es cierto?", "Почему вы так думаете?")
+FOREIGN += ("Pourquoi pensez-vous que c'est vrai ?", "Che cosa intendi con questa affermazione?")
+FOREIGN += ("你为什么这样认为？", "なぜそう思うのですか？", "لماذا تعتقد ذلك؟")
 FIXED = {
     "empty": ("", " ", "\n"),
     "punctuation": ("?", "???", "!?", "...?", "? ? ?", ". , ; ?", "-- ?", '"?"'),
@@ -132,46 +125,41 @@ def rare_word(rows, templates: tuple[str, ...] = TEMPLATES) -> list[Attack]:
     count = Counter(w for text in texts for w in text)
     found = []
     for i, (r, text) in enumerate(zip(rows, texts, strict=True)):
-        rarest = min(
-            (w for w in text if w.isalpha() and len(w) > 4), key=lambda w: (count[w], -len(w), w), default="it"
-        )
+        long_words = (w for w in text if w.isalpha() and len(w) > 4)
+        rarest = min(long_words, key=lambda w: (count[w], -len(w), w), default="it")
         found.append(Attack("rare word", r.context, templates[i % len(templates)].format(rarest), r.type))
     return found
 
 
 def climb(
-    reward: Callable[[list[str]], list[float]],
-    start: str,
-    words: list[str],
-    calls: int = 2000,
-    batch: int = 20,
-    seed: int = 0,
+    reward: Callable[[list[str]], list[float]], start: str, words: list[str], calls: int = 2000, batch: int = 20
 ) -> tuple[str, float]:
     """Hill climbing by word substitution, insertion and deletion; the best question found and what the reward paid.
 
     `reward` grades a list of questions; each question counts as one call. Every round tries `batch` edits of the best.
     """
-    rng = random.Random(seed)
+    rng = random.Random(0)
     best = start.rstrip("?").split()
     value = reward([" ".join(best) + "?"])[0]
-    for _ in range(max(1, calls // batch)):
-        edits = []
-        for _ in range(batch):
-            edit = best[:]
-            for _ in range(rng.choice((1, 1, 2))):
-                where, word = rng.randrange(len(edit)), rng.choice(words)
-                move = rng.random()
-                if move < 0.6:
-                    edit[where] = word
-                elif move < 0.8:
-                    edit.insert(where, word)
-                elif len(edit) > 2:
-                    del edit[where]
-            edits.append(edit)
-        values = reward([" ".join(e) + "?" for e in edits])
-        top = max(range(batch), key=lambda i: values[i])
-        if values[top] > value:
-            best, value = edits[top], values[top]
+
+    def edited() -> list[str]:
+        edit = best[:]
+        for _ in range(rng.choice((1, 1, 2))):
+            where, word, move = rng.randrange(len(edit)), rng.choice(words), rng.random()
+            if move < 0.6:
+                edit[where] = word
+            elif move < 0.8:
+                edit.insert(where, word)
+            elif len(edit) > 2:
+                del edit[where]
+        return edit
+
+    for _ in range(calls // batch):
+        edits = [edited() for _ in range(batch)]
+        values = reward([" ".join(edit) + "?" for edit in edits])
+        if max(values) > value:
+            value = max(values)
+            best = edits[values.index(value)]
     return " ".join(best) + "?", value
 
 

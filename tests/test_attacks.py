@@ -1,10 +1,9 @@
 """Strings that try to fool the scorer must not pay like genuine questions about held-out texts.
 
-python -m pytest -s tests/test_attacks.py              the bare scorer, and what each kind of string earns
-python -m pytest -s -m slow tests/test_attacks.py      with smollm2 as its language model: minutes
+python -m pytest -m slow tests/test_attacks.py      with smollm2 as its language model: minutes
+python bench/scorer_ablation.py                     what each kind of string earns
 """
 
-import functools
 import random
 from typing import NamedTuple
 
@@ -38,46 +37,23 @@ def suite() -> Suite:
     return Suite(learn_from, genuine, attacks.degenerate(attacked))
 
 
-class Found(NamedTuple):
-    """What the scorer pays."""
-
-    mean: float  # genuine questions
-    rewards: list[float]  # each string
-
-
-def graded(scorer: Scorer, suite: Suite) -> Found:
-    """Rewards, and a table of them by kind."""
+def graded(scorer: Scorer, suite: Suite) -> tuple[float, list[tuple[attacks.Attack, float]]]:
+    """What the scorer pays: the mean of genuine questions, and each string with its reward."""
     genuine = scorer.reward(*zip(*[row[:3] for row in suite.genuine], strict=True))
     rewards = scorer.reward(*zip(*[attack[1:] for attack in suite.strings], strict=True))
-    mean = genuine.mean().item()
-    print(f"\n{len(genuine)} genuine questions: mean {mean:.3f}, below .10 {(genuine < 0.1).float().mean():.3f}")
-    print(f"{'kind':<24}{'strings':>8}{'mean':>8}{'highest':>9}{'above':>7}")
-    for kind, of_kind in by_kind(suite, rewards.tolist()).items():
-        above = sum(x >= mean for x in of_kind)
-        print(f"{kind:<24}{len(of_kind):>8}{sum(of_kind) / len(of_kind):>8.3f}{max(of_kind):>9.3f}{above:>7}")
-    return Found(mean, rewards.tolist())
-
-
-def by_kind(suite: Suite, rewards: list[float]) -> dict[str, list[float]]:
-    kinds: dict[str, list[float]] = {}
-    for attack, reward in zip(suite.strings, rewards, strict=True):
-        kinds.setdefault(attack.kind, []).append(reward)
-    return kinds
-
-
-def test_there_are_hundreds_of_strings_of_forty_kinds(suite):
-    assert len(suite.strings) >= 200 and len({attack.kind for attack in suite.strings}) >= 35
-    assert not {row.context for row in suite.learn_from} & {attack.context for attack in suite.strings}
-    assert not {row.question for row in suite.genuine} & {attack.question for attack in suite.strings}
+    return genuine.mean().item(), list(zip(suite.strings, rewards.tolist(), strict=True))
 
 
 def test_no_kind_of_string_pays_like_a_question_even_without_a_language_model(suite):
     """By the mean of each kind. Nine strings of 308 get through, since n-grams hardly see the order of words: PPO is
     refused this scorer."""
-    found = graded(Scorer.fit(suite.learn_from), suite)
-    assert found.mean > 0.45 and sum(x >= found.mean for x in found.rewards) <= 10
-    for kind, rewards in by_kind(suite, found.rewards).items():
-        assert sum(rewards) / len(rewards) < found.mean, kind
+    mean, strings = graded(Scorer.fit(suite.learn_from), suite)
+    kinds = {attack.kind for attack, _ in strings}
+    assert len(strings) >= 200 and len(kinds) >= 35
+    assert mean > 0.45 and sum(reward >= mean for _, reward in strings) <= 10
+    for kind in kinds:
+        rewards = [reward for attack, reward in strings if attack.kind == kind]
+        assert sum(rewards) / len(rewards) < mean, kind
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2"])
@@ -110,17 +86,12 @@ def deep(request, suite) -> Scorer:
     return Scorer.fit(suite.learn_from, lm=open_language_model("smollm2"))
 
 
-@pytest.fixture(scope="module")
-def found(suite, deep) -> Found:
-    return graded(deep, suite)
-
-
 @pytest.mark.slow
-def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, found):
+def test_with_a_language_model_hardly_a_string_pays_like_a_question(suite, deep):
     """One of 308 does: one question's end on another's beginning, where the joint is a comma."""
-    through = [a for a, x in zip(suite.strings, found.rewards, strict=True) if x >= found.mean]
-    assert found.mean > 0.5 and len(through) <= 2
-    assert {attack.kind for attack in through} <= {"crossed"}
+    mean, strings = graded(deep, suite)
+    through = [attack.kind for attack, reward in strings if reward >= mean]
+    assert mean > 0.5 and len(through) <= 2 and {*through} <= {"crossed"}
 
 
 BEATEN = pytest.mark.xfail(
@@ -130,20 +101,17 @@ BEATEN = pytest.mark.xfail(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["words", pytest.param("question", marks=BEATEN)])
-def test_two_thousand_edits_do_not_make_a_question(suite, deep, found, start):
+def test_two_thousand_edits_do_not_make_a_question(suite, deep, start):
     """Hill climbing, word by word, from random words and from a genuine question about another text."""
-    bare, rng = Scorer.fit(suite.learn_from), random.Random(0)
+    rng = random.Random(0)
     words = sorted({word for row in suite.learn_from for word in row.question.rstrip("?").split()})
     own = [row for row in suite.genuine if row.type == "Clarity"][:3]
-    paid = []
+    mean, _ = graded(deep, suite)
     for row, other in zip(own, own[1:] + own[:1], strict=True):
         first = " ".join(rng.sample(words, 10)) if start == "words" else other.question
 
-        def pays(questions, scorer, row=row):
-            return scorer.reward([row.context] * len(questions), questions, [row.type] * len(questions)).tolist()
+        def pays(questions, row=row):
+            return deep.reward([row.context] * len(questions), questions, [row.type] * len(questions)).tolist()
 
-        for name, scorer in (("bare", bare), ("with smollm2", deep)):
-            best, value = attacks.climb(functools.partial(pays, scorer=scorer), first, words + row.context.split())
-            print(f"{name}: {value:.2f} for {best!r}")
-        paid.append(value)  # by the scorer with smollm2
-    assert max(paid) < found.mean
+        best, value = attacks.climb(pays, first, words + row.context.split())
+        assert value < mean, best

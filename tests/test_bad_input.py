@@ -383,7 +383,7 @@ def test_bad_arguments(monkeypatch, capsys, command, expected):
     assert_same(message_of(capsys, run_script(monkeypatch, command)), expected)
 
 
-SLOW = ("torch", "transformers", "openai", "datasets", "pandas", "matplotlib")
+SLOW = ("torch", "transformers", "openai", "datasets", "pandas")
 MODULES = ["train_sft", "make_pairs", "train_dpo", "train_ppo"]
 MODULES += [f"socratiq.{name}" for name in ("ask", "evaluate", "show", "scorer", "report")]
 

@@ -12,21 +12,12 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def snowman(inputs: Path, folder: Path) -> Path:
-    """The inputs with a snowman in the text about bikes: rows and pairs 11 and 12."""
+def edited(inputs: Path, folder: Path, edit) -> Path:
+    """A copy of the inputs whose rows.jsonl and pairs.jsonl went through `edit`, a function of their text."""
     own = folder / "inputs"
     shutil.copytree(inputs, own)
     for name in ("rows.jsonl", "pairs.jsonl"):
-        (own / name).write_text((own / name).read_text().replace("that bikes are", "that \u2603 bikes are"))
-    return own
-
-
-def cut(inputs: Path, folder: Path, lines: int) -> Path:
-    """The inputs with the first lines of rows and pairs alone."""
-    own = folder / "inputs"
-    shutil.copytree(inputs, own)
-    for name in ("rows.jsonl", "pairs.jsonl"):
-        (own / name).write_text("".join((own / name).read_text().splitlines(keepends=True)[:lines]))
+        (own / name).write_text(edit((own / name).read_text()))
     return own
 
 
@@ -58,7 +49,7 @@ def test_sizes(case, size, scripts, inputs, tmp_path):
 
 @pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
 def test_a_single_row(case, scripts, inputs, tmp_path):
-    own = cut(inputs, tmp_path, 1)
+    own = edited(inputs, tmp_path, lambda text: text.partition("\n")[0])
     status, said, complained = scripts.run([*command(case, own), "--steps", "2"], cwd=tmp_path)
     assert (status, complained) == (0, "") and "None" not in said and "nan" not in said
     lines = metrics(tmp_path / "out")
@@ -68,9 +59,7 @@ def test_a_single_row(case, scripts, inputs, tmp_path):
 
 ROLLOUTS = {  # arguments, updates a step
     "one question a prompt": (["--samples-per-prompt", "1"], 4),
-    "one prompt, one question, one token": (
-        ["--batch-size", "1", "--samples-per-prompt", "1", "--max-new-tokens", "1"], 2
-    ),
+    "one token": (["--batch-size", "1", "--samples-per-prompt", "1", "--max-new-tokens", "1"], 2),
     "more prompts than texts": (["--batch-size", "23"], 4),
     "more minibatches than prompts": (["--batch-size", "3", "--minibatches", "7"], 6),
     "minibatches that do not divide": (["--batch-size", "7", "--minibatches", "3", "--ppo-epochs", "1"], 3),
@@ -140,7 +129,7 @@ def test_more_tokens_than_positions(case, more, named, short, scripts, inputs, t
 @pytest.mark.parametrize("case", ["sft", "dpo"])
 def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_path):
     """A model that is NaN on one text: the run stops before the weights change, and names that text's row."""
-    own = snowman(inputs, tmp_path)
+    own = edited(inputs, tmp_path, lambda text: text.replace("that bikes are", "that \u2603 bikes are"))
     arguments = [*command(case, own), "--model", str(poisoned), "--batch-size", "8"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
@@ -151,19 +140,12 @@ def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_pa
 
 
 REWARDS = """
-import math
-calls = 0
-def usual(contexts, questions, types):
-    return [len(question) / 100 for question in questions]
+calls = []
 def once_nan(contexts, questions, types):
-    global calls
-    calls += 1
-    rewards = usual(contexts, questions, types)
-    return rewards[:-1] + [math.nan] if calls == 3 else rewards
+    calls.append(1)
+    return [float("nan") if len(calls) == 3 else len(question) / 100 for question in questions]
 def infinite(contexts, questions, types):
-    return [math.inf] * len(questions)
-def one(contexts, questions, types):
-    return [1.0] * len(questions)
+    return [float("inf")] * len(questions)
 def huge(contexts, questions, types):
     return [3e38 * (-1) ** i for i, question in enumerate(questions)]
 """

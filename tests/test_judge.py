@@ -2,38 +2,20 @@
 
 import pytest
 import torch
+from test_scorer import TOPICS, columns_of, made_rows
 
-from socratiq.data import Row
 from socratiq.evaluation.judge import BUCKETS, RIDGE, Judge, buckets, ridge
 from socratiq.run.errors import UserError
 
-CUES = {
-    "Clarity": ("What exactly do you mean by {} here?", "Could you define what you call {} in this case?"),
-    "Assumptions": ("Are you assuming that {} never change?", "Do you take it for granted that {} are good?"),
-    "Reasons": ("Why do you think that {} matter so much?", "What evidence is there about {} at all?"),
-    "others": ("Who even likes {} anyway, you fool?",),
-}
-
-
-def made_rows(topics):
-    return [
-        Row(f"Everybody talks about {topic}.", form.format(topic), kind, "")
-        for topic in topics
-        for kind, forms in CUES.items()
-        for form in forms
-    ]
-
-
-ROWS = made_rows(["dogs", "trams", "taxes", "farms", "films", "bikes", "books", "games"])
+ROWS = made_rows(TOPICS[:8])
 
 
 def test_the_judge_judges():
     judge = Judge.fit(ROWS)
-    rows = [row for row in made_rows(["kites", "violins"]) if row.type != "others"]
-    columns = [row.context for row in rows], [row.question for row in rows]
+    *columns, types = columns_of(made_rows(["kites", "violins"]))
     strengths = judge.strengths(*columns)
     assert judge.types == ["Assumptions", "Clarity", "Reasons"]
-    assert [judge.types[i] for i in strengths.argmax(1)] == [row.type for row in rows]
+    assert [judge.types[i] for i in strengths.argmax(1)] == types
     assert ((strengths > 0) & (strengths < 1)).all()
     assert (strengths.sum(1) - 1).abs().mean() < 0.3  # calibrated: about one type each
     assert torch.equal(Judge.fit(ROWS[::-1]).strengths(*columns), strengths)  # the order of the rows plays no part

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,6 @@ GOOD = "How are dogs and cats alike?"
         ("Is it doubtful how dogs differ?", "still of the unwanted type"),  # by the probe, not by the n-grams
         ("Does it stutter stutter stutter?", "stutters"),
         ("Dogs are better.", "not a question"),
-        ("What do you mean by a better cat?", "equal to the chosen question"),
         (Answer("I cannot help.", "refusal"), "finish_reason refusal: not a question"),
         (Answer("", "content_filter"), "finish_reason content_filter: empty"),
         (Answer("", "empty"), "finish_reason empty: empty"),
@@ -127,11 +127,9 @@ def test_pairs_that_can_be_mirrored():
 def test_no_label_of_a_held_out_text_reaches_a_grade():
     """Held-out texts are graded, and nothing about any text changes when their labels do."""
     wordings = {"Clarity": "What do you mean by good {}?", "Analogy": "Are {} really like clouds?"}
-    rows = [
-        Row(f"I think that {subject} are good.", wording.format(subject), type, "")
-        for subject in SUBJECTS
-        for type, wording in wordings.items()
-    ]
+    texts = {f"I think that {subject} are good.": subject for subject in SUBJECTS}
+    asked = [(text, subject, type) for text, subject in texts.items() for type in wordings]
+    rows = [Row(text, wordings[type].format(subject), type, "") for text, subject, type in asked]
     held_out = {row.context for row in rows if "dogs" in row.context or "ships" in row.context}
     turned = {"Clarity": "Analogy", "Analogy": "Fear appeal"}
     other = [row._replace(type=turned[row.type]) if row.context in held_out else row for row in rows]
@@ -177,16 +175,11 @@ def test_human_pairs():
 def test_human_verdicts_need_no_writer_no_scorer_and_no_model(tmp_path):
     """The file of the 2025 shared task on critical questions, read directly, by a process that never loads torch."""
     verdicts = ["Useful", "useful", "Unhelpful", "INVALID"]
-    told = {
-        f"text {n}": {"intervention": f"Trams number {n} are loud.", "schemes": ["Cause to effect"],
-                      "cqs": [{"cq": f"Is question {i} good?", "label": said} for i, said in enumerate(verdicts)]}
-        for n in range(10)
-    }  # fmt: skip
+    asked = [{"cq": f"Is question {i} good?", "label": said} for i, said in enumerate(verdicts)]
+    told = {f"text {n}": {"intervention": f"Trams number {n} are loud.", "cqs": asked} for n in range(10)}
     (tmp_path / "cqs.json").write_text(json.dumps(told))
-    heavy = (
-        "import sys, make_pairs; make_pairs.run(); assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
-    )
-    asked = [sys.executable, "-c", heavy, "--data", tmp_path / "cqs.json", "--out", tmp_path / "p.jsonl"]
+    code = "import make_pairs as m, sys; m.run(); assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
+    asked = [sys.executable, "-c", code, "--data", tmp_path / "cqs.json", "--out", tmp_path / "p.jsonl"]
     done = subprocess.run([*asked, "--limit", "15"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
@@ -219,22 +212,27 @@ def rows_file(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def start(scripts, rows_file, tmp_path):
-    """start(*arguments): the script under way, in an empty folder; its scorer is a common one, fitted once."""
+@pytest.fixture(scope="module")
+def start_in(scripts, rows_file):
+    """start_in(folder, *arguments): the script under way; its scorer is a common one, fitted once."""
 
-    def started(*more, key=KEY):
+    def started(folder, *more):
         common = ["--data", rows_file, "--scorer", rows_file.parent / "scorer", "--scorer-model", "none"]
-        env = {"NO_PROXY": "127.0.0.1"} | ({"OPENAI_API_KEY": key} if key else {})
-        return scripts.start(["make_pairs.py", *common, *more], cwd=tmp_path, env=env, patch="patches:quick_retries")
+        env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": KEY}
+        return scripts.start(["make_pairs.py", *common, *more], cwd=folder, env=env, patch="patches:quick_retries")
 
     return started
 
 
 @pytest.fixture
+def start(start_in, tmp_path):
+    return partial(start_in, tmp_path)
+
+
+@pytest.fixture
 def run(start):
     """run(*arguments): exit status, standard output and standard error of the script."""
-    return lambda *more, **options: start(*more, **options).wait()
+    return lambda *more: start(*more).wait()
 
 
 def api(server, *more):
@@ -259,29 +257,14 @@ def sometimes_bad(body) -> str:
 
 
 @pytest.fixture(scope="module")
-def reference(scripts, rows_file, tmp_path_factory):
+def reference(start_in, tmp_path_factory):
     """An uninterrupted run, one request at a time -> outputs, standard output, the requests of the server."""
     folder = tmp_path_factory.mktemp("reference")
     with FaultServer(answer=sometimes_bad) as server:
         prices = ["--usd-per-mtok", "1", "2"]
-        common = ["--data", rows_file, "--scorer", rows_file.parent / "scorer", "--scorer-model", "none"]
-        status, said, complained = scripts.run(
-            ["make_pairs.py", *common, *api(server, "--concurrency", "1", *prices)],
-            cwd=folder,
-            env={"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": KEY},
-        )
+        status, said, complained = start_in(folder, *api(server, "--concurrency", "1", *prices)).wait()
         assert status == 0, complained
         return outputs(folder), said, server.requests
-
-
-def test_a_scorer_that_has_seen_held_out_texts_verifies_nothing(run, rows_file, tmp_path):
-    from socratiq.data import load_rows
-    from socratiq.scorer.scorer import Scorer
-
-    Scorer.fit(load_rows(str(rows_file))).save(tmp_path / "scorer")
-    status, _, complained = run("--base-url", "http://127.0.0.1:9", "--scorer", "scorer", "--out", "p.jsonl")
-    assert status == 2 and complained.count("\n") == 1 and [path.name for path in tmp_path.iterdir()] == ["scorer"]
-    assert "--scorer scorer was fitted on" in complained and "held-out texts; delete it" in complained
 
 
 def test_the_pairs_file(reference):
@@ -315,6 +298,7 @@ def test_the_pairs_file(reference):
 
 def test_nothing_depends_on_concurrency_or_faults(reference, run, tmp_path):
     faults = ["429", "503", "ok", "drop", "429 after 0.1", "ok", "slow", "invalid json", "reset", "500", "html"] * 4
+    faults += ["json list", "200 busy", "200 error"] * 4
     random.Random(1).shuffle(faults)
     with FaultServer(faults, answer=sometimes_bad) as server:
         status, _, complained = run(*api(server, "--concurrency", "16", "--timeout", "1"))
@@ -378,27 +362,25 @@ def test_a_polite_stop_loses_nothing(reference, start, run, tmp_path, number, st
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
-    [("401", "OPENAI_API_KEY"), ("quota", "quota"), ("404", "no model 'gpt-4o-mini'"), ("wordless", "--api-max-t")],
+    ("fault", "says", "asked", "kept"), [("401", "OPENAI_API_KEY", 3, 2), ("wordless", "--api-max-tokens", 7, 7)]
 )
-def test_hopeless_servers_end_the_run_with_one_line(run, tmp_path, fault, says):
+def test_hopeless_servers_end_the_run_with_one_line(run, tmp_path, fault, says, asked, kept):
     with FaultServer(["ok", "ok", *[fault] * 99]) as server:
         status, said, complained = run(*api(server, "--concurrency", "1"))
-        assert status == 2 and len(server.requests) == (7 if fault == "wordless" else 3)
+        assert status == 2 and len(server.requests) == asked
         assert complained.startswith("error: ") and says in complained and complained.count("\n") == 1
         assert not (tmp_path / "pairs.jsonl").exists()
-        assert len((tmp_path / "pairs.answers.jsonl").read_text().splitlines()) == len(server.requests) - (
-            fault != "wordless"
-        )
+        assert len((tmp_path / "pairs.answers.jsonl").read_text().splitlines()) == kept
         written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
         assert KEY not in said + complained + written
 
 
-def test_max_requests_then_on(reference, run, tmp_path):
+def test_max_requests_counts_earlier_runs(reference, run, tmp_path):
     with FaultServer(answer=sometimes_bad) as server:
-        status, said, _ = run(*api(server, "--max-requests", "20"))
-        assert status == 0 and len(server.requests) == 20
-        assert "not kept: not asked: --max-requests 20" in said
+        for most in ("15", "20"):
+            status, said, _ = run(*api(server, "--max-requests", most))
+            assert status == 0 and len(server.requests) == int(most)
+            assert f"not kept: not asked: --max-requests {most}" in said
         plain = [line for line in (tmp_path / "pairs.jsonl").read_text().splitlines() if '"mirrored"' not in line]
         assert 0 < len(plain) <= 20
         assert run(*api(server))[0] == 0
@@ -457,29 +439,7 @@ def test_a_run_without_pairs_removes_those_of_an_earlier_one(reference, run, tmp
     assert "--max-attempts" in complained and not (tmp_path / "pairs.jsonl").exists()
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
-        (["--writer", "carrier-pigeon"], "--writer"),
-        (["--limit", "0"], "--limit"),
-        (["--concurrency", "-1"], "--concurrency"),
-        (["--shard", "x"], "--shard"),
-        (["--timeout", "nan"], "--timeout"),
-        (["--usd-per-mtok", "-1", "1"], "--usd-per-mtok"),
-        (["--held-out", "1"], "--held-out"),
-        (["--no-such-thing"], "--no-such-thing"),
-    ],
-)
-def test_arguments(monkeypatch, capsys, given, says):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(SystemExit) as left:
-        make_pairs.parse_arguments(given)
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and says in said and said.count("\n") == 1
+# --- arguments: more of them in tests/test_bad_input.py ---------------------------------------------------------------
 
 
 def test_a_server_is_asked_only_if_an_option_says_so(monkeypatch):
@@ -489,21 +449,3 @@ def test_a_server_is_asked_only_if_an_option_says_so(monkeypatch):
     for option in (["--base-url", "http://localhost:1/v1"], ["--api-model", "m"], ["--writer", "openai"]):
         assert make_pairs.parse_arguments(option).writer == "openai"
     assert make_pairs.parse_arguments(["--writer", "local", "--api-model", "m"]).writer == "local"
-
-
-def test_no_file_of_another_kind_is_overwritten(run, tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    status, _, complained = run("--out", "thesis.txt")
-    assert status == 2 and "choose another" in complained and (tmp_path / "thesis.txt").read_text() == "mine"
-    status, _, complained = run("--out", ".")
-    assert status == 2 and "a folder" in complained
-
-
-def test_without_a_model_the_message_says_what_to_run(run):
-    status, _, complained = run("--out", "pairs.jsonl")
-    assert status == 2 and complained.count("\n") == 1 and "train_sft.py" in complained
-
-
-def test_help_is_quick():
-    heavy = "import make_pairs, sys; print({'torch', 'openai', 'transformers', 'datasets'} & set(sys.modules))"
-    assert subprocess.check_output([sys.executable, "-c", heavy], cwd=ROOT, text=True).strip() == "set()"

@@ -8,7 +8,9 @@ import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fault_server import FaultServer, good_question
@@ -57,19 +59,6 @@ def request(row="r1", attempt=1, text="x") -> Request:
 
 
 @pytest.mark.parametrize(
-    "fault", ["429", "429 after 0.05", "500", "503", "slow", "drop", "reset", "invalid json", "html", "json list",
-              "200 busy", "200 error"],
-)  # fmt: skip
-def test_a_request_without_an_answer_is_sent_again(fault):
-    with FaultServer([fault, fault, "ok"]) as server:
-        answer = ask(server)
-        assert answer.text.endswith("?") and answer.finish == "stop"
-        assert [seen.fault for seen in server.requests] == [fault, fault, "ok"]
-        assert server.requests[0].body == server.requests[2].body
-        assert answer.prompt_tokens > 0 and answer.completion_tokens > 0
-
-
-@pytest.mark.parametrize(
     ("fault", "says"),
     [("429", "429: slow down"), ("drop", "connection"), ("slow", "--timeout"), ("html", "not a completion: <html>"),
      ("200 busy", "provider is busy"), ("200 error", "provider went away")],
@@ -81,18 +70,12 @@ def test_a_request_is_given_up_after_the_last_retry(fault, says):
         assert not isinstance(failure.value, Refused) and len(server.requests) == 3
 
 
-def test_a_server_that_is_not_there():
-    with FaultServer() as server:
-        pass
-    with pytest.raises(NoAnswer, match="connection"):
-        ask(server, max_retries=1)
-
-
-def test_retry_after_is_obeyed():
+def test_the_same_request_is_sent_again_and_retry_after_is_obeyed():
+    """What else is sent again: test_nothing_depends_on_concurrency_or_faults in tests/test_make_pairs.py."""
     with FaultServer(["429 after 0.5"]) as server:
         ask(server)
         refused, sent_again = server.requests
-        assert sent_again.time - refused.time >= 0.5
+        assert sent_again.time - refused.time >= 0.5 and sent_again.body == refused.body
 
 
 # --- when going on is useless -----------------------------------------------------------------------------------------
@@ -127,18 +110,6 @@ def test_a_redirect_is_not_followed():
         assert KEY not in str(failure.value)
 
 
-@pytest.mark.parametrize(
-    ("fault", "says"),
-    [("too long", "400: too many tokens"), ("400 detail", "pinned to 'a'"), ("400 content filter", "400: .*filter")],
-)
-def test_a_request_the_server_refuses_costs_only_its_row(fault, says):
-    with FaultServer([fault]) as server:
-        with pytest.raises(Refused, match=says):
-            ask(server)
-        assert len(server.requests) == 1
-        assert ask(server).text
-
-
 @pytest.mark.parametrize("key", ["sk-a\nb", "sk-schlüssel", "sk a"])
 def test_a_key_no_header_can_carry_is_refused_without_being_shown(key, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -147,7 +118,7 @@ def test_a_key_no_header_can_carry_is_refused_without_being_shown(key, monkeypat
     assert key not in str(failure.value)
 
 
-@pytest.mark.parametrize("address", ["localhost:8000", "ftp://host/v1", "http://", "nonsense"])
+@pytest.mark.parametrize("address", ["localhost:8000", "ftp://host/v1", "http://"])
 def test_a_malformed_address(address):
     with pytest.raises(UserError, match="--base-url"):
         OpenAIWriter("m", address)
@@ -239,16 +210,6 @@ def test_as_many_requests_are_under_way_as_concurrency_says(tmp_path):
         assert server.most_at_once == 64 and len(log.answers) == 100
 
 
-def test_max_requests_counts_earlier_runs_and_holds_over_threads(tmp_path):
-    with FaultServer() as server:
-        for limit in (20, 25):
-            log = AnswerLog(tmp_path / "a.jsonl", "m", max_requests=limit)
-            unanswered = ask_all(writer(server, concurrency=16, timeout=5), requests(60), log, "")
-            assert set(unanswered.values()) == {f"not asked: --max-requests {limit}"}
-            assert len(server.requests) == log.requests == 60 - len(unanswered) == limit
-            log.file.close()
-
-
 def test_max_usd_stops_at_the_limit(tmp_path):
     """What was under way when the limit was reached comes on top, at most one request a thread."""
     with FaultServer() as server:
@@ -260,13 +221,14 @@ def test_max_usd_stops_at_the_limit(tmp_path):
         assert log.usd == pytest.approx((log.prompt_tokens + 10 * log.completion_tokens) / 1e6)
 
 
-def test_requests_that_get_no_answer_are_named(tmp_path):
-    with FaultServer(lambda body, number: "too long" if number in (1, 3, 4, 5, 6, 7, 8) else "ok") as server:
+def test_a_request_the_server_refuses_costs_only_its_row(tmp_path):
+    with FaultServer(["ok", "400 detail", "400 content filter", *["too long"] * 5]) as server:
         log = AnswerLog(tmp_path / "a.jsonl", "m")
-        unanswered = ask_all(writer(server, concurrency=1), requests(12), log, "")
-        assert list(unanswered) == ["r1", "r3", "r4", "r5", "r6", "r7", "r8"]
-        assert set(unanswered.values()) == {"no answer: the server answered 400: too many tokens"}
-        assert ask_all(writer(server), requests(12), log, "") == {} and len(server.requests) == 12 + 7
+        unanswered = ask_all(writer(server, concurrency=1), requests(8), log, "")
+        assert list(unanswered) == [f"r{number}" for number in range(1, 8)] and len(server.requests) == 8
+        said = ["""{"detail": "Server is pinned to 'a'; requested 'b'."}""", "filtered", *["too many tokens"] * 5]
+        assert list(unanswered.values()) == [f"no answer: the server answered 400: {reason}" for reason in said]
+        assert ask_all(writer(server), requests(8), log, "") == {} and len(server.requests) == 8 + 7
 
 
 @pytest.mark.parametrize(("fault", "says"), [("503", "503: overloaded"), ("400", "bad"), ("wordless", "--api-max-tok")])
@@ -280,79 +242,74 @@ def test_a_server_of_no_use_ends_the_run(tmp_path, fault, says):
 
 
 def test_a_fatal_error_waits_for_the_requests_under_way(tmp_path):
-    class Slow:
-        group, slots = 1, 4
-        asked = 0
+    asked = []
 
-        def answers(self, requests):
-            self.asked += 1
-            if requests[0].row == "r2":
-                raise UserError("the key was refused")
-            time.sleep(0.1)
-            return [Answer("Why?")]
+    def answers(requests):
+        asked.append(requests)
+        if requests[0].row == "r2":
+            raise UserError("the key was refused")
+        time.sleep(0.1)
+        return [Answer("Why?")]
 
-    slow, log = Slow(), AnswerLog(tmp_path / "a.jsonl", "m")
+    log = AnswerLog(tmp_path / "a.jsonl", "m")
     with pytest.raises(UserError, match="the key was refused"):
-        ask_all(slow, requests(50), log, "")
-    assert len(log.path.read_text().splitlines()) == slow.asked - 1 < 8
+        ask_all(SimpleNamespace(group=1, slots=4, answers=answers), requests(50), log, "")
+    assert len(log.path.read_text().splitlines()) == len(asked) - 1 < 8
 
 
 def test_a_group_of_which_a_part_is_lost_is_asked_for_as_a_whole_and_keeps_the_rest(tmp_path):
-    class InGroups:
-        group, slots = 4, 1
+    def asked() -> list[str]:
+        rows, log = [], AnswerLog(tmp_path / "a.jsonl", "m")
 
-        def __init__(self):
-            self.asked = []
-
-        def answers(self, requests):
-            self.asked += [request.row for request in requests]
+        def answers(requests):
+            rows.extend(request.row for request in requests)
             return [Answer(f"Why {request.row}?") for request in requests]
 
-    path = tmp_path / "a.jsonl"
-    log = AnswerLog(path, "m")
-    ask_all(InGroups(), requests(8), log, "")
-    log.file.close()
-    whole = path.read_bytes()
-    path.write_bytes(b"".join(whole.splitlines(True)[:6]))
-    again = InGroups()
-    ask_all(again, requests(8), AnswerLog(path, "m"), "")
-    assert again.asked == ["r4", "r5", "r6", "r7"] and path.read_bytes() == whole
+        ask_all(SimpleNamespace(group=4, slots=1, answers=answers), requests(8), log, "")
+        log.file.close()
+        return rows
+
+    assert len(asked()) == 8
+    whole = (tmp_path / "a.jsonl").read_bytes()
+    (tmp_path / "a.jsonl").write_bytes(b"".join(whole.splitlines(True)[:6]))
+    assert asked() == ["r4", "r5", "r6", "r7"] and (tmp_path / "a.jsonl").read_bytes() == whole
 
 
 # --- answers on disk --------------------------------------------------------------------------------------------------
 
 
+def kept(path, requests=(), answers=(), model="m") -> AnswerLog:
+    """The log after these answers were added; closed again, it still says what it has."""
+    log = AnswerLog(path, model)
+    log.add(list(requests), list(answers))
+    log.file.close()
+    return log
+
+
 def test_the_log_gives_back_what_it_was_given(tmp_path):
     path = tmp_path / "sub" / "pairs.answers.jsonl"
-    log = AnswerLog(path, "m")
-    log.add([request(), request(attempt=2)], [Answer("Why é?", "stop", 5, 2), Answer("", "refusal")])
-    log.add([request()], [Answer("another", "stop", 1, 1)])  # the answer that was there stays
-    log.file.close()
-    again = AnswerLog(path, "m")
+    kept(path, [request(), request(attempt=2)], [Answer("Why é?", "stop", 5, 2), Answer("", "refusal")])
+    kept(path, [request()], [Answer("another", "stop", 1, 1)])  # the answer that was there stays
+    again = kept(path)
     assert again.get(request()) == Answer("Why é?", "stop", 5, 2)
     assert again.get(request(attempt=2)).finish == "refusal"
     assert again.requests == 2 == len(path.read_text(encoding="utf-8").splitlines())
     assert again.prompt_tokens == 5 and again.completion_tokens == 2
     for other in (request(row="r2"), request(attempt=3), request(text="y")):
         assert again.get(other) is None
-    again.file.close()
-    other_model = AnswerLog(path, "n")
+    other_model = kept(path, model="n")
     assert other_model.get(request()) is None and other_model.requests == 0
 
 
 def test_every_cut_of_the_log_is_repaired(tmp_path):
     path = tmp_path / "a.jsonl"
-    log = AnswerLog(path, "m")
-    log.add([request(attempt=n) for n in (1, 2, 3)], [Answer(f"Öde {n}?", "stop", n, n) for n in (1, 2, 3)])
-    log.file.close()
+    answers = [Answer(f"Öde {n}?", "stop", n, n) for n in (1, 2, 3)]
+    kept(path, [request(attempt=n) for n in (1, 2, 3)], answers)
     whole = path.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for cut in range(last, len(whole)):
+    for cut in range(whole.rstrip(b"\n").rfind(b"\n") + 1, len(whole)):
         path.write_bytes(whole[:cut])
-        log = AnswerLog(path, "m")
-        assert len(log.answers) == 2
-        log.add([request(attempt=3)], [Answer("Öde 3?", "stop", 3, 3)])
-        log.file.close()
+        assert len(kept(path).answers) == 2
+        kept(path, [request(attempt=3)], answers[2:])
         assert path.read_bytes() == whole
 
 
@@ -364,18 +321,17 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, content):
 
 
 def test_one_run_at_a_time(tmp_path):
-    held = (
-        "from socratiq.pairs.answers import AnswerLog as A; log = A('a.jsonl', 'm'); print('held', flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", held], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as other:  # fmt: skip
-        assert other.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="another"):
-            AnswerLog(tmp_path / "a.jsonl", "m")
-        other.kill()
-    AnswerLog(tmp_path / "a.jsonl", "m")
+    """A killed one gives the log up: test_kills in tests/test_make_pairs.py."""
+    code, root = "from socratiq.pairs.answers import AnswerLog; AnswerLog('a.jsonl', 'm')", Path(__file__).parent.parent
+
+    def another() -> str:
+        run = partial(subprocess.run, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)})
+        return run([sys.executable, "-c", code], cwd=tmp_path).stderr
+
+    log = AnswerLog(tmp_path / "a.jsonl", "m")
+    assert "a.jsonl: another process writes there" in another()
+    log.file.close()
+    assert another() == ""
 
 
 def test_digest_does_not_depend_on_the_order_of_keys():
@@ -421,11 +377,9 @@ def test_a_huge_text_is_cut():
         ("- Why is that so?", "Why is that so?"),
         ("Sure! Here is one:\n\nWhy is that so?", "Why is that so?"),
         ("Question: Why is that so?", "Why is that so?"),
-        ("**Question:** Why is that so?", "Why is that so?"),
         ("<think>Why? Because.</think>\nWhy is that so?", "Why is that so?"),
         ("Why? I wonder.</think>\nWhy is that so?", "Why is that so?"),
         ("<think>never ends", ""),
-        ("“Why is that so?”", "Why is that so?"),
         ("Why\u202e is\x00 that\u200b so?", "Why is that so?"),
         ("Is 3.5 enough?", "Is 3.5 enough?"),
         ("No question here.", "No question here."),
@@ -442,7 +396,6 @@ def test_clean_question(answer, question):
     [
         ("How would a shop owner see this?", ""),
         ("", "empty"),
-        ("???", "empty"),
         ("I think so.", "not a question"),
         ("Why so? Because it is.", "not a question"),
         ("Why so? And why that?", "more than one question"),

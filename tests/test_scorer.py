@@ -5,16 +5,13 @@ import copy
 import json
 import math
 import random
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from socratiq.data import Row, load_rows, split_by_context
 from socratiq.run.errors import UserError
@@ -26,24 +23,8 @@ from socratiq.scorer.grading import rows_to_learn_from
 from socratiq.scorer.language_model import LanguageModel, Reading
 from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs
 
-TOPICS = [
-    "dogs",
-    "trams",
-    "taxes",
-    "farms",
-    "films",
-    "bikes",
-    "books",
-    "games",
-    "rivers",
-    "phones",
-    "clocks",
-    "gardens",
-    "lamps",
-    "ships",
-    "towers",
-    "bridges",
-]
+TOPICS = "dogs trams taxes farms films bikes books games rivers phones clocks gardens lamps ships towers bridges"
+TOPICS = TOPICS.split()
 CUES = {
     "Clarity": ("What exactly do you mean by {0} here?", "Could you define what you call {0} in this case?"),
     "Assumptions": ("Are you assuming that {0} never change?", "Do you take it for granted that {0} are good?"),
@@ -53,12 +34,17 @@ CUES = {
 
 
 def made_rows(topics=TOPICS) -> list[Row]:
-    """Seven rows for each of 16 texts, of three types that cue words give away."""
+    """Seven rows for each of 16 texts, of three types that cue words give away. tests/test_judge.py has them too."""
     rows = []
     for topic in topics:
         context = f"Everybody in our town talks about {topic}. I think {topic} should be left alone, since they work."
         rows += [Row(context, form.format(topic), kind, "") for kind, forms in CUES.items() for form in forms]
     return rows
+
+
+def columns_of(rows) -> list[list[str]]:
+    """Contexts, questions and types of the rows that have a type."""
+    return [list(column) for column in zip(*[row[:3] for row in rows if row.type != "others"], strict=True)]
 
 
 ROWS = made_rows()
@@ -101,11 +87,11 @@ def deep():
 
 def test_strengths_are_one_probability_a_type_and_find_the_type(scorer):
     assert scorer.types == ["Assumptions", "Clarity", "Reasons"]  # from the rows, "others" not among them
-    rows = [r for r in made_rows(["kites", "violins"]) if r.type != "others"]
-    strengths = scorer.strengths([r.context for r in rows], [r.question for r in rows])
-    assert strengths.shape == (len(rows), 3) and strengths.dtype == torch.float32
+    contexts, questions, types = columns_of(made_rows(["kites", "violins"]))
+    strengths = scorer.strengths(contexts, questions)
+    assert strengths.shape == (len(types), 3) and strengths.dtype == torch.float32
     assert ((strengths > 0) & (strengths < 1)).all()
-    assert [scorer.types[i] for i in strengths.argmax(1)] == [r.type for r in rows]
+    assert [scorer.types[i] for i in strengths.argmax(1)] == types
 
 
 def test_a_question_can_be_of_two_types(scorer):
@@ -128,45 +114,28 @@ def test_each_question_is_graded_by_itself(scorer):
 
 
 def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
-    shuffled = random.Random(1).sample(ROWS, len(ROWS))
     scorer.save(tmp_path / "a")
-    Scorer.fit(shuffled).save(tmp_path / "b")
-    for name in ("scorer.safetensors", "scorer.json"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    Scorer.fit(random.Random(1).sample(ROWS, len(ROWS))).save(tmp_path / "b")
+    first, again = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "ab")
+    assert first == again and first.keys() == {"scorer.json", "scorer.safetensors"}
+    assert sum(map(len, first.values())) < 5e6
 
 
-def test_saved_and_loaded_it_says_the_same(tmp_path, scorer):
-    scorer.save(tmp_path / "scorer")
-    loaded = Scorer.load(tmp_path / "scorer")
-    for row in ROWS[:7]:
-        assert loaded.explain(row.context, row.question) == scorer.explain(row.context, row.question)
-    assert sum(file.stat().st_size for file in (tmp_path / "scorer").iterdir()) < 5e6
-    assert sorted(file.name for file in (tmp_path / "scorer").iterdir()) == ["scorer.json", "scorer.safetensors"]
+HARMS = [
+    ("scorer.json", lambda content: b"{"),
+    ("scorer.json", lambda content: b"[]"),
+    ("scorer.json", lambda content: content.replace(b'"sentence"', b'"another"')),
+    ("scorer.safetensors", lambda content: content[:1000]),
+    ("scorer.safetensors", lambda content: content.replace(b'"related_bias"', b'"another_bias"')),
+]
 
 
-@pytest.mark.parametrize("harm", ["gone", "json", "cut", "part", "list", "tensor"])
-def test_a_broken_folder_is_one_line(tmp_path, scorer, harm):
-    folder = tmp_path / "scorer"
-    scorer.save(folder)
-    if harm == "gone":
-        (folder / "scorer.json").unlink()
-    elif harm == "json":
-        (folder / "scorer.json").write_text("{")
-    elif harm == "cut":
-        data = (folder / "scorer.safetensors").read_bytes()
-        (folder / "scorer.safetensors").write_bytes(data[:1000])
-    elif harm == "part":
-        settings = json.loads((folder / "scorer.json").read_text())
-        del settings["sentence"]
-        (folder / "scorer.json").write_text(json.dumps(settings))
-    elif harm == "tensor":
-        tensors = load_file(folder / "scorer.safetensors")
-        del tensors["related_bias"]
-        save_file(tensors, folder / "scorer.safetensors")
-    else:
-        (folder / "scorer.json").write_text("[]")
+@pytest.mark.parametrize(("name", "harm"), HARMS)
+def test_a_broken_folder_is_one_line(tmp_path, scorer, name, harm):
+    scorer.save(tmp_path)
+    (tmp_path / name).write_bytes(harm((tmp_path / name).read_bytes()))
     with pytest.raises(UserError, match="no scorer that can be read"):
-        Scorer.load(folder)
+        Scorer.load(tmp_path)
 
 
 @pytest.mark.parametrize("version", [None, VERSION - 1, VERSION + 1])
@@ -184,33 +153,29 @@ def test_a_scorer_of_another_version_is_refused(tmp_path, scorer, version):
 # --- what rows may look like ----------------------------------------------------------------------------------------
 
 
-def test_one_type_only():
-    scorer = Scorer.fit([r for r in ROWS if r.type == "Clarity"])
-    assert scorer.types == ["Clarity"]
-    assert scorer.reward(["dogs are good"], [ROWS[0].question], ["Clarity"])[0] > 0.1
+ANALOGY = Row("A text of stones.", "Is a stone like a star?", "Analogy", "")
 
 
-def test_a_type_with_a_single_row():
-    scorer = Scorer.fit([*ROWS, Row("A text of stones.", "Is a stone like a star?", "Analogy", "")])
-    assert "Analogy" in scorer.types
-    assert torch.isfinite(scorer.strengths([""], ["Is a stone like a star?"])).all()
-
-
-def test_no_negatives():
-    scorer = Scorer.fit([r for r in ROWS if r.type != "others"])
-    assert scorer.types == ["Assumptions", "Clarity", "Reasons"]
+@pytest.mark.parametrize(
+    ("rows", "types"),
+    [
+        ([r for r in ROWS if r.type == "Clarity"], ["Clarity"]),
+        ([*ROWS, ANALOGY], ["Analogy", "Assumptions", "Clarity", "Reasons"]),  # a type with a single row
+        ([r for r in ROWS if r.type != "others"], ["Assumptions", "Clarity", "Reasons"]),  # no negatives
+        (ROWS[:1], ["Clarity"]),
+    ],
+)
+def test_few_rows_make_a_scorer(rows, types):
+    scorer = Scorer.fit(rows)
+    assert scorer.types == types
+    reward = scorer.reward(["dogs are good", ""], [ROWS[0].question, ANALOGY.question], ["Clarity"] * 2)
+    assert ((reward >= 0) & (reward <= 1)).all() and reward[0] > 0.1
 
 
 @pytest.mark.parametrize("rows", [[], [r for r in ROWS if r.type == "others"]])
 def test_rows_without_a_type_are_refused(rows):
     with pytest.raises(UserError, match="too few rows"):
         Scorer.fit(rows)
-
-
-def test_a_single_row_a_single_text():
-    scorer = Scorer.fit(ROWS[:1])
-    reward = scorer.reward([ROWS[0].context], [ROWS[0].question], [ROWS[0].type])
-    assert torch.isfinite(reward).all() and 0 <= reward[0] <= 1
 
 
 def test_a_type_that_is_not_known_is_refused(scorer):
@@ -244,15 +209,11 @@ def test_any_text_has_a_reward(scorer, context, question):
 @pytest.mark.parametrize("layer", ["bare", "deep"])
 def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, layer):
     used = scorer if layer == "bare" else deep
-    rows = [r for r in ROWS if r.type != "others"][:12]
-    columns = [r.context for r in rows], [r.question for r in rows], [r.type for r in rows]
+    columns = columns_of(ROWS[:14])
     reward, parts = used.graded(*columns)
-    gates_of = ["form", "originality", "sentence", "relatedness"] + ["fluency"] * (layer == "deep")
-    assert list(parts) == ["strength", *gates_of] + (["ngrams", "probe"] if layer == "deep" else [])
-    expected = parts["strength"] ** 0.7
-    for name in gates_of:
-        expected = expected * parts[name]
-    assert torch.allclose(reward, expected)
+    of_gates = ["form", "originality", "sentence", "relatedness"] + ["fluency"] * (layer == "deep")
+    assert list(parts) == ["strength", *of_gates] + ["ngrams", "probe"] * (layer == "deep")
+    assert torch.allclose(reward, parts["strength"] ** 0.7 * torch.stack([parts[name] for name in of_gates]).prod(0))
     assert torch.equal(reward, used.reward(*columns))
     assert used.graded([], [], [])[0].shape == (0,)
 
@@ -260,20 +221,16 @@ def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, lay
 def test_explain_says_what_reward_and_strengths_say(deep):
     row = ROWS[0]
     said = deep.explain(row.context, row.question)
-    n = len(deep.types)
-    rewards = deep.reward([row.context] * n, [row.question] * n, deep.types)
+    rewards = deep.reward([row.context] * 3, [row.question] * 3, deep.types)
     assert said["reward"] == dict(zip(deep.types, rewards.tolist(), strict=True))
     strengths = deep.strengths([row.context], [row.question])[0].tolist()
     assert said["strength"] == pytest.approx(dict(zip(deep.types, strengths, strict=True)))
-    assert set(said) == {"strength", "ngrams", "probe", "reward"} | {
-        "form", "originality", "sentence", "relatedness", "fluency",
-    }  # fmt: skip
+    assert set(said) == {"strength", "ngrams", "probe", "reward", *gates.GATES}
     assert json.loads(json.dumps(said)) == said
 
 
 def test_genuine_questions_pay_little_for_the_gates(scorer):
-    rows = [r for r in made_rows(["kites", "violins", "comets"]) if r.type != "others"]
-    reward = scorer.reward([r.context for r in rows], [r.question for r in rows], [r.type for r in rows])
+    reward = scorer.reward(*columns_of(made_rows(["kites", "violins", "comets"])))
     assert reward.mean() > 0.65 and (reward < 0.1).float().mean() <= 0.1
 
 
@@ -295,13 +252,9 @@ def test_genuine_questions_pay_little_for_the_gates(scorer):
         ("Why? Do you think so?", 0.0),
         ("Why do you think so??", 0.0),
         ("Why do you\nthink so?", 0.0),
-        ("Why do you think so? Yes", 0.0),
         ("Why?", 0.0),
-        ("?", 0.0),
         ("", 0.0),
         ("Why do you think so <|im_end|>?", 0.0),
-        ("### Why do you think so?", 0.0),
-        ("[INST] Why do you think so?", 0.0),
         ("why why why why why why why?", 0.0),
         ("why do you why do you why do you?", 0.0),
         (" ".join(f"w{i}" for i in range(24)) + "?", 1.0),
@@ -339,9 +292,8 @@ def test_a_question_copied_from_the_instruction_is_not_original(scorer):
 
 
 def test_a_sentence_begins_once_and_as_the_rows_do():
-    asked = [
-        f"{word} the tram of Ann{'' if i else ', and so will I'}?" for word in ("Is", "Was", "Ann's") for i in range(3)
-    ]
+    ends = ("?", "?", ", and so will I?")
+    asked = [f"{word} the tram of Ann{end}" for word in ("Is", "Was", "Ann's") for end in ends]
     fitted = gates.fit_sentence(["Ann is late. Was she? It was Ann, they say."], asked)
     assert fitted == {"openers": ["Is", "Was"], "capital": True}  # Ann has a capital inside as well
     for question in [*asked, "Is Ann late?", "What is said: Is it late?", "“is” means what?", "5 is what?", "¿Is?", ""]:
@@ -424,26 +376,19 @@ def test_ngrams_are_a_set_and_keep_order():
 
 
 def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
-    rows = [r for r in ROWS if r.type != "others"][:10]
-    columns = [r.context for r in rows], [r.question for r in rows]
-    parts = deep.graded(*columns, [r.type for r in rows])[1]
+    contexts, questions, types = columns_of(ROWS[:14])
+    parts = deep.graded(contexts, questions, types)[1]
     assert torch.allclose(parts["strength"], (parts["ngrams"] * parts["probe"]).sqrt())
-    own = torch.tensor([deep.types.index(r.type) for r in rows])[:, None]
-    assert torch.allclose(deep.strengths(*columns).gather(1, own)[:, 0], parts["strength"])
+    own = torch.tensor([deep.types.index(name) for name in types])[:, None]
+    assert torch.allclose(deep.strengths(contexts, questions).gather(1, own)[:, 0], parts["strength"])
 
 
 def test_fluency_and_relatedness_by_the_model(deep):
-    rows = [r for r in ROWS if "think" in r.question]
-    contexts, questions, types = ([row[field] for row in rows] for field in range(3))
+    contexts, questions, types = columns_of(row for row in ROWS if "think" in row.question)
+    fine = deep.graded(contexts, questions, types)[1]
+    broken = deep.graded(contexts, [q.replace("think", "zqthink") for q in questions], types)[1]
     other = "Nobody here has ever been to a harbour. Boats are not for us."
-    fine, broken, elsewhere = (
-        deep.graded(c, q, types)[1]
-        for c, q in (
-            (contexts, questions),
-            (contexts, [q.replace("think", "zqthink") for q in questions]),
-            ([other] * len(rows), questions),
-        )
-    )
+    elsewhere = deep.graded([other] * len(types), questions, types)[1]
     assert fine["fluency"].mean() > 0.5 and broken["fluency"].max() < 0.1
     assert fine["relatedness"].min() > 0.8 and elsewhere["relatedness"].max() < 0.5
 
@@ -486,9 +431,8 @@ def one_by_one(policy, tokenizer, context: str, question: str) -> torch.Tensor:
     from socratiq.policy import token_logprobs
     from socratiq.prompts import plain_ids
 
-    batch = make_batch(
-        [plain_ids(tokenizer, context) + plain_ids(tokenizer, "\n\n")], [[plain_ids(tokenizer, question)]]
-    )
+    before, asked = plain_ids(tokenizer, context) + plain_ids(tokenizer, "\n\n"), plain_ids(tokenizer, question)
+    batch = make_batch([before], [[asked]])
     with torch.no_grad():
         return token_logprobs(policy, batch)["logprobs"][0, 0]
 
@@ -556,7 +500,7 @@ def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
     rows = ROWS[:56]
     scorer = Scorer.fit(rows, lm=LanguageModel(*tiny, name="tiny"))
     scorer.save(tmp_path / "scorer")
-    columns = [r.context for r in rows[:6]], [r.question for r in rows[:6]], ["Clarity"] * 6
+    columns = columns_of(rows[:7])
     again, parts = rewards.load_scorer(tmp_path / "scorer", "cpu", "float32").graded(*columns)
     assert torch.equal(again, scorer.reward(*columns)) and set(parts) > {"fluency", "probe", "ngrams"}
 
@@ -599,9 +543,8 @@ def test_cross_validation_never_shows_a_text_to_its_own_grader(monkeypatch, held
 
 
 def test_cross_validation_grades_rows_where_they_stand():
-    found = cross_validate(ROWS)
+    found, backwards = cross_validate(ROWS), cross_validate(ROWS[::-1])
     assert found.accuracy > 0.95 and found.strengths.shape == (len(ROWS), 3)
-    backwards = cross_validate(ROWS[::-1])
     assert torch.allclose(found.strengths, backwards.strengths.flip(0), atol=1e-3)
 
 
@@ -659,33 +602,12 @@ def test_command_line(capsys, tmp_path):
         rewards.check_unseen(scorer, held_out, "all")
 
 
-def test_help_and_mistakes_need_no_torch():
-    """A real process whose torch cannot be imported still answers; and the module is what its command line runs."""
-    blocked = (
-        "import runpy, sys; sys.modules['torch'] = None; sys.argv[1:] = {}; runpy.run_module('{}', None, '__main__')"
-    )
-    for argv, status, says in ((["--help"], 0, "of the cross-validation"), (["--folds", "1"], 2, "must be at least 2")):
-        command = [sys.executable, "-c", blocked.format(argv, "socratiq.scorer")]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-        assert done.returncode == status and says in done.stdout + done.stderr, done.stderr
-        assert done.stderr.count("\n") == (status != 0)
-
-
 # --- the reward of PPO ----------------------------------------------------------------------------------------------
 
 
 def ppo_arguments(**given):
-    return argparse.Namespace(
-        **{
-            "reward": None,
-            "scorer": "",
-            "data": "rows",
-            "device": "cpu",
-            "dtype": "float32",
-            "allow_bare_scorer": False,
-        }
-        | given
-    )
+    others = {"reward": None, "scorer": "", "data": "rows", "device": "cpu", "dtype": "float32"}
+    return argparse.Namespace(**{**others, "allow_bare_scorer": False, **given})
 
 
 def test_ppo_refuses_a_scorer_without_a_language_model(tmp_path, scorer):
@@ -695,8 +617,6 @@ def test_ppo_refuses_a_scorer_without_a_language_model(tmp_path, scorer):
     allowed = rewards.load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [], [])
     columns = [ROWS[0].context], [ROWS[0].question], ["Clarity"]
     assert allowed.types == scorer.types and torch.equal(allowed(*columns)[0], scorer.reward(*columns))
-    with pytest.raises(UserError, match="was fitted on 1 of the 1 held-out texts"):
-        rewards.load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [ROWS[0].context], [])
 
 
 REWARDS = """
@@ -720,5 +640,3 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for name in ("too_few", "words", "number"):
         with pytest.raises(UserError, match="must return 2 numbers, one a question"):
             reward(name)(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
-    with pytest.raises(UserError, match="no row names a type"):
-        rewards.load_reward(ppo_arguments(reward="own_rewards:length"), [], [])
