@@ -120,13 +120,9 @@ def preload() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("train_sft", "train_dpo", "train_ppo", "make_pairs", "safetensors.torch"):
+    scripts = ("train_sft", "train_dpo", "train_ppo", "make_pairs", "socratiq.evaluate")
+    for name in (*scripts, "safetensors.torch", "openai.resources.chat", "socratiq.scorer.reward"):
         importlib.import_module(name)
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module("openai.resources.chat")
-    for name in ("evaluate", "models", "scorer.reward", "sampling", "training"):
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(f"socratiq.{name}")
     from socratiq.models import load_policy, load_tokenizer
 
     load_tokenizer("tiny")

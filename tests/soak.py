@@ -13,7 +13,6 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import make_inputs
-from fault_server import QUESTIONS, FaultServer, good_question
+from fault_server import FaultServer
 from scripts import Scripts, told
+from test_make_pairs import make_rows, outputs, sometimes_bad
 from test_resume import CASES, command, contents, left_over
 
 from socratiq.pairs.answers import digest
@@ -72,76 +72,52 @@ def soak_training(case: str, kills: int, scripts, inputs: Path, folder: Path, ta
     return runs
 
 
-def sometimes_bad(body: dict) -> str:
-    """For one row in three, at the first try, a question that will not do."""
-    text = body["messages"][-1]["content"]
-    if zlib.crc32(text.encode()) % 3 == 0 and "earlier tries" not in text:
-        return "Why?"
-    return good_question(body)
-
-
 def soak_pairs(kills: int, scripts, folder: Path, tally, chance) -> tuple[int, int]:
-    """Kills of make_pairs.py; how many runs there were, and how many answers were under way when a kill came."""
+    """Kills of make_pairs.py; how many runs there were, and how many requests were sent twice, being under way."""
     folder.mkdir()
-    rows = [
-        {"context": f"I think that {subject} are good, since everybody says so.", "question": question, "type": type}
-        for subject in ("dogs", "trams", "taxes", "farms", "films", "bikes", "books", "games", "ships", "birds")
-        for type, questions in list(QUESTIONS.items())[:3]
-        for question in questions[:2]
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    environment = {"OPENAI_API_KEY": "sk-soak", "NO_PROXY": "127.0.0.1"}
+    make_rows(folder / "rows.jsonl")
 
     def start(server, out, concurrency, **how):
-        arguments = ["make_pairs.py", "--data", folder / "rows.jsonl", "--scorer", folder / "scorer", "--out", out]
-        arguments += ["--base-url", server.url, "--timeout", "1", "--policy", "runs/sft"]
-        arguments += ["--concurrency", concurrency, "--scorer-model", "none"]
-        return scripts.start(arguments, cwd=folder, env=environment, **how)
+        options = f"--data rows.jsonl --scorer scorer --scorer-model none --base-url {server.url} --timeout 1"
+        options += f" --out {out}/pairs.jsonl --concurrency {concurrency}"
+        environment = {"OPENAI_API_KEY": "sk-soak", "NO_PROXY": "127.0.0.1"}
+        return scripts.start(["make_pairs.py", *options.split()], cwd=folder, env=environment, **how)
 
-    def outputs(out):
-        return out.read_bytes(), out.with_name("pairs.dropped.jsonl").read_bytes()
+    def asked(server, first=0):
+        return [digest({"messages": request.body["messages"]}) for request in server.requests[first:]]
 
     with FaultServer(answer=sometimes_bad) as server:
         started = time.monotonic()
-        out = folder / "whole" / "pairs.jsonl"
-        status, said, complained = start(server, out, 1, at=-1).wait()
+        status, said, complained = start(server, "whole", 1, at=-1).wait()
         seconds = time.monotonic() - started
         assert status == 0, complained
-        wanted, counts = outputs(out), told(said)
-        needed = Counter(digest({"messages": request.body["messages"]}) for request in server.requests)
-        assert wanted[0].count(b"\n") > 20 and needed.total() > len(rows), said  # some were asked for twice
+        wanted, counts, needed = outputs(folder / "whole"), told(said), asked(server)
+        assert len(set(needed)) == len(needed), "no two rows make the same request"
 
     def killed_run(out: Path) -> int:
-        """How many requests were sent twice, being under way when a kill came."""
-        log, seen, on_disk = out.with_name("pairs.answers.jsonl"), 0, Counter()
+        log, first, on_disk = out / "pairs.answers.jsonl", 0, set()
         with FaultServer(answer=sometimes_bad, latency=0.005) as server:
 
-            def asked():
-                """How often each prompt was sent since the last start; two rows may send the same one."""
-                requests = server.requests[seen:]
-                return Counter(digest({"messages": request.body["messages"]}) for request in requests)
-
             def check():
-                assert not asked() - (needed - on_disk), "an answer that was on the disk was asked for again"
+                assert not on_disk & {*asked(server, first)}, "an answer that was on the disk was asked for again"
 
             def check_and_start(**how):
-                nonlocal on_disk, seen
+                nonlocal on_disk, first
                 check()
-                seen = len(server.requests)
+                first = len(server.requests)
                 complete = log.read_bytes().split(b"\n")[:-1] if log.exists() else []
-                on_disk = Counter(json.loads(line)["prompt"] for line in complete)
+                on_disk = {json.loads(line)["prompt"] for line in complete}
                 return start(server, out, 3, **how)
 
             kill_until_done(check_and_start, min(6, kills), chance, counts, seconds, tally)
             check()
             assert outputs(out) == wanted, "other pairs"
-            seen = 0
-            assert not needed - asked() and asked().keys() == needed.keys(), "an answer was lost or made up"
-            return (asked() - needed).total()
+            assert {*asked(server)} == {*needed}, "an answer was lost or made up"
+            return len(server.requests) - len(needed)
 
     before, runs, twice = tally.total(), 0, 0
     while tally.total() - before < kills:
-        twice += killed_run(folder / str(runs) / "pairs.jsonl")
+        twice += killed_run(folder / str(runs))
         runs += 1
     return runs, twice
 

@@ -193,15 +193,13 @@ def test_human_verdicts_need_no_writer_no_scorer_and_no_model(tmp_path):
 # --- the script, as a user runs it ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows_file(tmp_path_factory) -> Path:
+def make_rows(path: Path) -> None:
     """Three types that a scorer tells apart at a glance, about twelve texts. No two rows make the same request."""
     wordings = {
         "Clarity": "What exactly do you mean by all {} being good?",
         "Analogy": "Are {} and clouds really alike in the way that matters?",
         "Fear appeal": "How likely is the disaster that you warn of, just with {}?",
     }
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [
         {"context": f"I think that {subject} are good, since my street says so.", "question": text, "label": type}
         for n, subject in enumerate(SUBJECTS)
@@ -209,6 +207,12 @@ def rows_file(tmp_path_factory) -> Path:
         for text in (wording.format(subject), QUESTIONS[type][n % 2])  # the words the fault server uses too
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    make_rows(path)
     return path
 
 
