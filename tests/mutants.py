@@ -12,10 +12,10 @@ imported torch and collected the tests already.
 """
 
 import argparse
-import ast
 import inspect
 import multiprocessing
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -265,27 +265,15 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def span(source, function):
-    """Start and end of a top-level function or class in the source, decorators included."""
-    for node in ast.parse(source).body:
-        if getattr(node, "name", None) == function:
-            lines = source.splitlines(keepends=True)
-            first = min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
-            return len("".join(lines[: first - 1])), len("".join(lines[: node.end_lineno]))
-    raise SystemExit(f"{LOSSES.name} has no {function}")
-
-
 def mutate(source, function, old, new):
     """The source with `old` replaced by `new` in the code (not the docstring) of one function."""
-    start, end = span(source, function)
-    body = source[start:end]
-    opening = body.index('"""') if '"""' in body else 0
-    code = body.index('"""', opening + 3) + 3 if '"""' in body else 0
-    head, docstring, rest = body[:opening], body[opening:code], body[code:]
-    found = head.count(old) + rest.count(old)
+    blocks = source.split("\n\n\n")  # as ruff parts top-level definitions
+    [block] = [block for block in blocks if re.search(rf"^(def|class) {function}\b", block, re.MULTILINE)]
+    head, docstring, code = re.split('(""".*?""")', block, maxsplit=1, flags=re.DOTALL)
+    found = head.count(old) + code.count(old)
     if found != 1:
         raise SystemExit(f"mutants.py: in {function}, {old!r} occurs {found} times, not once")
-    return source[:start] + head.replace(old, new) + docstring + rest.replace(old, new) + source[end:]
+    return source.replace(block, head.replace(old, new) + docstring + code.replace(old, new))
 
 
 class Runner:
