@@ -9,8 +9,8 @@ import transformers
 from small import EOS, small_policy, small_rows, stir
 
 from socratiq import lora
-from socratiq.batch import RowAttention, make_batch
-from socratiq.engine import attention, head, padding, speed_up
+from socratiq.batch import make_batch
+from socratiq.engine import head, padding, speed_up
 from socratiq.engine.packed import can_pack, packed
 from socratiq.models import load_policy, load_tokenizer
 from socratiq.policy import Policy, head_logprobs, token_logprobs
@@ -20,25 +20,17 @@ from socratiq.sampling import sample
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda"])  # whose twins are used; all run on the CPU
 
 
-def numbers(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).requires_grad_()
-
-
-def compare(twin, plain, inputs):
-    """Same value and same gradient for each input, to float32 rounding."""
-    value, expected = twin(*inputs), plain(*inputs)
-    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(value, inputs, upstream)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, inputs, upstream), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
-
-
 def results(policy, rows, temperature=0.7):
     """Log-probs, values and entropies of a batch, and the gradients of all trained weights."""
     out = token_logprobs(policy, make_batch(*rows), temperature, watch=True)
     (out["logprobs"].sum() + out["values"].sum()).backward()
     return [*out.values(), *(weight.grad for weight in policy.trainable().values())]
+
+
+def assert_same(found, close=1e-5):
+    """Both results, of the plain functions first, agree but for rounding."""
+    for plain, twin in zip(*found, strict=True):
+        torch.testing.assert_close(twin, plain, rtol=close, atol=close * max(1.0, plain.abs().max().item()))
 
 
 # ------------------------------------------------------------------------------------------------- whole models
@@ -60,8 +52,7 @@ def test_tiny_has_the_same_log_probs_and_gradients_and_samples_the_same_tokens(d
         stir(policy)
         found.append(results(policy, (prompts, completions)))
         sampled.append(sample(policy, prompts, samples, 12, tokenizer.eos_token_id, seeds=3))
-    for twin, plain in zip(*found[::-1], strict=True):
-        torch.testing.assert_close(twin, plain, rtol=1e-5, atol=1e-5 * max(1.0, plain.abs().max().item()))
+    assert_same(found)
     assert sampled[0] == sampled[1]
 
 
@@ -97,9 +88,7 @@ def test_every_family_gives_the_same(family, autocast, device):
             assert taken == {"LoRALinear"} | ({f"{family}MLP"} if family != "Gemma" else set())
         found.append(results(policy, small_rows(samples=2)))
         sampled.append(sample(policy, small_rows()[0], 2, 8, eos_id=EOS, temperature=0))
-    close = 0.1 if autocast else 1e-4
-    for twin, plain in zip(*found[::-1], strict=True):
-        torch.testing.assert_close(twin, plain, rtol=close, atol=close * max(1.0, plain.abs().max().item()))
+    assert_same(found, 0.1 if autocast else 1e-4)
     assert autocast or sampled[0] == sampled[1]
 
 
@@ -112,35 +101,37 @@ def test_plain_leaves_the_engine_out():
 # ---------------------------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("twin", [attention.ShortRows, attention.RowsAtOnce])
+@DEVICES
 @pytest.mark.parametrize("samples", [1, 2, 4])
 @pytest.mark.parametrize("shared", [0, 7])
-def test_attention_of_rows(twin, samples, shared):
-    """Rows of all lengths: the value, and the gradient of every query, key and value."""
-    draw = random.Random(samples)
+def test_rows_of_all_lengths(device, samples, shared):
+    """Also prompts that have a long start in common, and empty completions."""
+    draw, found = random.Random(samples), []
     prompts = [[9] * shared + [b] + [5] * draw.randrange(20) for b in range(5)]
     completions = [[[1] * draw.randrange(9) for _ in range(samples)] for _ in prompts]
-    rows = make_batch(prompts, completions).rows
-    assert rows.shared == shared
-    tokens = shared + sum(rows.lengths)
-    inputs = numbers(1, 6, tokens, 8), numbers(1, 2, tokens, 8), numbers(1, 2, tokens, 8)
-    compare(lambda *qkv: twin(rows)(0, *qkv, 0.3), lambda *qkv: RowAttention(rows)(0, *qkv, 0.3), inputs)
+    assert make_batch(prompts, completions).rows.shared == shared
+    for plain in (True, False):
+        policy = small_policy(value_head=True)
+        if not plain:
+            speed_up(policy, torch.device(device))
+        found.append(results(policy, (prompts, completions)))
+    assert_same(found)
 
 
 # ----------------------------------------------------------------------------------------------------- the head
 
 
-@pytest.mark.parametrize("count", [4, 5, 13])
-def test_the_head_in_chunks(monkeypatch, count):
-    monkeypatch.setattr(head, "CHUNK", 5)
-    lm_head, tokens = torch.nn.Linear(8, 30, bias=False), torch.arange(count)
-    inputs = numbers(count, 8), lm_head.weight
-    for name in ("logprobs", "entropy"):
-
-        def score(function, hidden, name=name):
-            return function(lm_head, hidden, tokens, 0.7, True)[name] + 0 * hidden.sum() + 0 * lm_head.weight.sum()
-
-        compare(lambda x, _: score(head.in_chunks, x), lambda x, _: score(head_logprobs, x), inputs)
+@pytest.mark.parametrize("chunk", [5, 29, 30])
+def test_the_head_in_chunks(monkeypatch, chunk):
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    rows, found = small_rows(samples=2), []
+    assert len(make_batch(*rows).read) == 29
+    for plain in (True, False):
+        policy = small_policy(value_head=True)
+        if not plain:
+            policy.twins[head_logprobs] = head.in_chunks
+        found.append(results(policy, rows))
+    assert_same(found)
 
 
 # ------------------------------------------------------------------------------------------------------ padding
@@ -161,8 +152,7 @@ def test_in_bfloat16_batches_are_padded_to_sizes_that_repeat_and_only_rounding_c
             assert len(sizes) == 2 and not any(size % padding.MULTIPLE for size in sizes)
         policy.autocast = False  # the same layout, compared in float32
         found.append(results(policy, rows))
-    for padded, plain in zip(*found[::-1], strict=True):
-        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+    assert_same(found)
 
 
 # ------------------------------------------------------------------------------------------------------- packed
