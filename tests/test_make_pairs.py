@@ -133,9 +133,9 @@ def test_no_label_of_a_held_out_text_reaches_a_grade():
     held_out = {row.context for row in rows if "dogs" in row.context or "ships" in row.context}
     turned = {"Clarity": "Analogy", "Analogy": "Fear appeal"}
     other = [row._replace(type=turned[row.type]) if row.context in held_out else row for row in rows]
-    found, again = ([job.types for job in make_pairs.grade(some, held_out, None)] for some in (rows, other))
-    assert found == again and set(found[0]) == {"Analogy", "Clarity"}
-    assert [job.type for job in make_pairs.grade(rows, held_out, None)] == [row.type for row in rows]
+    found, again = (make_pairs.grade(some, held_out, None) for some in (rows, other))
+    assert [job.types for job in found] == [job.types for job in again] and set(found[0].types) == set(wordings)
+    assert [job.type for job in found] == [row.type for row in rows]
     assert len(make_pairs.grade(rows, set(), None)) == 24
 
 
