@@ -129,11 +129,11 @@ def grade(rows: list[Row], held_out: set[str], lm) -> list[Job]:
     Training texts are graded by cross-validation among themselves, held-out ones by a scorer fitted on all training
     texts: no label of a held-out text has a say in a training pair.
     """
-    from socratiq.scorer.scorer import cross_validate
+    from socratiq.scorer.scorer import cross_validate, mean_opinion
 
-    found = cross_validate(rows, lm=lm, held_out=held_out)
-    graded = zip(rows, found.strengths.tolist(), found.highest.tolist(), strict=True)
-    return [Job(row, dict(zip(found.types, zip(*both, strict=True), strict=True))) for row, *both in graded]
+    types, found = cross_validate(rows, lm, held_out)
+    graded = zip(rows, mean_opinion(found).tolist(), found.amax(0).tolist(), strict=True)
+    return [Job(row, dict(zip(types, zip(*both, strict=True), strict=True))) for row, *both in graded]
 
 
 def choose(jobs: list[Job], chosen_min: float) -> None:
@@ -231,7 +231,7 @@ def run() -> None:
 
     from socratiq.models import load_policy, load_tokenizer
     from socratiq.pairs.writers import LocalWriter, OpenAIWriter
-    from socratiq.scorer import Scorer, grading, language_model, reward
+    from socratiq.scorer import Scorer, grading, language_model
 
     # The writer, before any long work: a mistake in its arguments should show at once.
     if args.writer == "openai":
@@ -252,8 +252,7 @@ def run() -> None:
     saved = (args.scorer / "scorer.json").exists()
     rows = [row for row in rows if row.type and row.preference != "rejected"]
     if saved:
-        scorer = reward.load_scorer(args.scorer, args.device, args.dtype)
-        reward.check_unseen(scorer, held_out, args.scorer)
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out)
     else:
         lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
         scorer = Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)

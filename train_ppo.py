@@ -92,7 +92,7 @@ def run_stage():
     from socratiq.prompts import decode, encode_prompt
     from socratiq.sampling import sample
     from socratiq.saving import save_policy
-    from socratiq.scorer.reward import load_reward
+    from socratiq.scorer.scorer import load_reward
     from socratiq.taxonomy import OTHERS
 
     class Rollout(NamedTuple):
@@ -119,15 +119,15 @@ def run_stage():
     policy.keep_reference()
     distributed.shard(policy)
     types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS, ""})
-    reward_model = load_reward(args, held_out_contexts, types)
+    reward_model, asked_types = load_reward(args, held_out_contexts, types)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
 
     def draw_tasks(contexts, count, *purpose):
         """`count` (context, type) tasks, drawn anew for each purpose; no context twice before all were used."""
         draw = training.generator(args.seed, *purpose)
         order = torch.cat([torch.randperm(len(contexts), generator=draw) for _ in range(-(-count // len(contexts)))])
-        types = torch.randint(len(reward_model.types), (count,), generator=draw).tolist()
-        return [(contexts[i], reward_model.types[t]) for i, t in zip(order.tolist(), types, strict=False)]
+        types = torch.randint(len(asked_types), (count,), generator=draw).tolist()
+        return [(contexts[i], asked_types[t]) for i, t in zip(order.tolist(), types, strict=False)]
 
     def roll_out(tasks, samples, *purpose):
         """Steps 2 and 3: K = `samples` questions for each task, and their scores."""

@@ -19,9 +19,9 @@ from attacks import Attack, another_text, auc, degenerate, rare_word
 
 from socratiq.data import load_rows
 from socratiq.scorer.gates import GATES
-from socratiq.scorer.grading import place
+from socratiq.scorer.grading import figures, place
 from socratiq.scorer.language_model import open_language_model
-from socratiq.scorer.scorer import EXPONENT, Scorer, cross_validate
+from socratiq.scorer.scorer import EXPONENT, Scorer, cross_validate, mean_opinion
 
 
 def groups(scorer: Scorer, held, broken_rows: int) -> dict[str, list[Attack]]:
@@ -56,10 +56,12 @@ def main() -> None:
 
     rows = load_rows(args.data)
     lm = open_language_model(args.model, args.device, args.dtype)
-    print(f"{cross_validate(rows, lm=lm)}\n", flush=True)
+    types, found = cross_validate(rows, lm)
+    for name, value in figures(types, mean_opinion(found), [row.type for row in rows]).items():
+        print(f"{value:.3f}  {name}", flush=True)
     graded_texts = set(sorted({r.context for r in rows}, key=place)[: args.texts])
     kinds: list[str] = []  # of the broken strings
-    found: dict[str, dict[str, list]] = {}
+    earned: dict[str, dict[str, list]] = {}
     for fold in range(5):
         scorer = Scorer.fit([r for r in rows if place(r.context) % 5 != fold], lm=lm)
         held = [r for r in rows if place(r.context) % 5 == fold and (r.context in graded_texts or r.type == "others")]
@@ -67,8 +69,8 @@ def main() -> None:
             kinds += [a.kind for a in strings] if name == "broken" else []
             for part, values in scorer.graded(*zip(*[a[1:] for a in strings], strict=True))[1].items():
                 power = EXPONENT if part not in GATES else 1
-                found.setdefault(name, {}).setdefault(part, []).append(values**power)
-    parts = {name: {part: torch.cat(values) for part, values in of.items()} for name, of in found.items()}
+                earned.setdefault(name, {}).setdefault(part, []).append(values**power)
+    parts = {name: {part: torch.cat(values) for part, values in of.items()} for name, of in earned.items()}
 
     factors = ["strength", *(name for name in GATES if name in parts["own"])]
     forms = {"all": factors} | {f"without {f}": [g for g in factors if g != f] for f in factors}

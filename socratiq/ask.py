@@ -112,10 +112,10 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.models import load_policy, load_tokenizer
     from socratiq.prompts import decode, encode_prompt
     from socratiq.sampling import sample
-    from socratiq.scorer.reward import load_scorer
+    from socratiq.scorer.scorer import Scorer
     from socratiq.training import derive_seed
 
-    scorer = None if scorer_folder == "none" else load_scorer(scorer_folder, args.device, args.dtype)
+    scorer = None if scorer_folder == "none" else Scorer.load(scorer_folder, args.device, args.dtype)
     types = choose_types(args.type, scorer.types if scorer else [kind.name for kind in TYPES])
     tokenizer = load_tokenizer(name)
     policy = load_policy(name, args.device, args.dtype, trainable=False, plain=args.plain)

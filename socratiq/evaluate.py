@@ -100,10 +100,9 @@ def find_parts(args) -> tuple[dict[str, str], list[str]]:
 
 def open_scorer(args, types: list[str], contexts: list[str]):
     """The saved scorer. Raises UserError if it has learnt from a text that is to be graded, or does not know a type."""
-    from socratiq.scorer.reward import check_unseen, load_scorer
+    from socratiq.scorer.scorer import Scorer
 
-    scorer = load_scorer(args.scorer, args.device, args.dtype)
-    check_unseen(scorer, contexts, args.scorer)
+    scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts)
     missing = [name for name in types if name not in scorer.types]
     options.check(not missing, f"--scorer {args.scorer} does not know {missing} of {args.data}; name another, or none")
     return scorer

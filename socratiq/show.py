@@ -184,12 +184,11 @@ class Show:
 
     def reward(self, questions: list[str]):
         """(K,) what PPO pays for questions about the text: by the saved scorer, or by one fitted on the rows."""
-        from socratiq.scorer.reward import load_scorer
         from socratiq.scorer.scorer import Scorer
 
         saved = os.path.isdir(self.args.scorer)
         typed = [row for row in self.rows if row.type]
-        scorer = load_scorer(self.args.scorer, dtype="float32") if saved else Scorer.fit(typed)
+        scorer = Scorer.load(self.args.scorer, dtype="float32") if saved else Scorer.fit(typed)
         return scorer.reward([self.context] * len(questions), questions, [self.type] * len(questions))
 
     def learn(self, step, lr: float = 3e-4):

@@ -121,7 +121,7 @@ def preload() -> None:
 
     torch.set_num_threads(1)
     scripts = ("train_sft", "train_dpo", "train_ppo", "make_pairs", "socratiq.evaluate")
-    for name in (*scripts, "safetensors.torch", "openai.resources.chat", "socratiq.scorer.reward"):
+    for name in (*scripts, "safetensors.torch", "openai.resources.chat", "socratiq.scorer.scorer"):
         importlib.import_module(name)
     from socratiq.models import load_policy, load_tokenizer
 

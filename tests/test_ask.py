@@ -39,9 +39,9 @@ def command(inputs, capsys):
 
 
 def test_questions_are_ranked_by_the_reward(inputs):
-    from socratiq.scorer.reward import load_scorer
+    from socratiq.scorer.scorer import Scorer
 
-    scorer = load_scorer(inputs / "scorer")
+    scorer = Scorer.load(inputs / "scorer")
     ranked = ask.rank(scorer, TEXT, "Clarity", SAID)
     assert ranked[0]["question"] == SAID[1] and ranked[0]["reads_as"] == "Clarity"
     assert [r["reward"] for r in ranked] == sorted((r["reward"] for r in ranked), reverse=True)

@@ -238,7 +238,7 @@ ARGUMENTS = [  # before anything slow is imported; each message ends in (see SCR
 ]
 MODELS = "name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
 NO_SCORER = ": no scorer that can be read (...); fit one with python -m socratiq.scorer --out "
-SEEN = "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it and make_pairs.py will fit it anew, or ..."
+SEEN = "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it, and make_pairs.py will fit it anew"
 TOO_FEW = "too few rows to fit a scorer: it needs questions of a type, about at least a handful of texts"
 PICKLED = "pickled: no *.safetensors in the folder (pickled weights are never loaded)"
 NOT_OURS = "exists and is no run of train_sft.py; name another place"

@@ -17,11 +17,10 @@ from socratiq.data import Row, load_rows, split_by_context
 from socratiq.run.errors import UserError
 from socratiq.scorer import gates, grading
 from socratiq.scorer import ngrams as logistic
-from socratiq.scorer import reward as rewards
 from socratiq.scorer.__main__ import run as fit_scorer
 from socratiq.scorer.grading import rows_to_learn_from
 from socratiq.scorer.language_model import LanguageModel, Reading
-from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs
+from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs, load_reward, mean_opinion
 
 TOPICS = "dogs trams taxes farms films bikes books games rivers phones clocks gardens lamps ships towers bridges"
 TOPICS = TOPICS.split()
@@ -55,20 +54,14 @@ class FakeModel:
 
     name = "fake"
 
-    def __init__(self, seed=0.0):
-        self.seed = seed
-
     def read(self, contexts, questions):
         found = []
         for context, question in zip(contexts, questions, strict=True):
             said, there = gates.words(question), set(gates.words(context))
-            logprobs = [-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) + 1.5 * (w in there) - self.seed for w in said]
+            logprobs = [-2.0 - 0.1 * len(w) - 9.0 * ("zq" in w) + 1.5 * (w in there) for w in said]
             cues = [float(cue in said) for cue in ("mean", "assuming", "granted", "define", "why")]
             found.append(Reading(torch.tensor(logprobs), torch.tensor(cues)))
         return found
-
-    def signature(self):
-        return [-1.0 - self.seed, -2.0]
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +117,7 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
 HARMS = [
     ("scorer.json", lambda content: b"{"),
     ("scorer.json", lambda content: b"[]"),
-    ("scorer.json", lambda content: content.replace(b'"sentence"', b'"another"')),
     ("scorer.safetensors", lambda content: content[:1000]),
-    ("scorer.safetensors", lambda content: content.replace(b'"related_bias"', b'"another_bias"')),
 ]
 
 
@@ -211,9 +202,9 @@ def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, lay
     used = scorer if layer == "bare" else deep
     columns = columns_of(ROWS[:14])
     reward, parts = used.graded(*columns)
-    of_gates = ["form", "originality", "sentence", "relatedness"] + ["fluency"] * (layer == "deep")
-    assert list(parts) == ["strength", *of_gates] + ["ngrams", "probe"] * (layer == "deep")
-    assert torch.allclose(reward, parts["strength"] ** 0.7 * torch.stack([parts[name] for name in of_gates]).prod(0))
+    assert list(parts) == ["strength", *gates.GATES, "ngrams"] + ["probe"] * (layer == "deep")
+    assert torch.allclose(reward, parts["strength"] ** 0.7 * torch.stack([parts[name] for name in gates.GATES]).prod(0))
+    assert layer == "deep" or (parts["fluency"] == 1).all()  # nothing is known of it without a language model
     assert torch.equal(reward, used.reward(*columns))
     assert used.graded([], [], [])[0].shape == (0,)
 
@@ -267,12 +258,11 @@ def test_form(question, expected):
 
 
 def test_ramp():
-    up, down = gates.Ramp(1, 3), gates.Ramp(4, 2)
-    assert [up(x) for x in (0, 1, 2, 3, 9)] == [0, 0, 0.5, 1, 1]
-    assert [down(x) for x in (0, 2, 3, 4, 9)] == [1, 1, 0.5, 0, 0]
-    fitted = gates.Ramp.below([float(x) for x in range(101)], 0.1)
+    assert [gates.ramp(x, 1, 3) for x in (0, 1, 2, 3, 9)] == [0, 0, 0.5, 1, 1]
+    assert [gates.ramp(x, 4, 2) for x in (0, 2, 3, 4, 9)] == [1, 1, 0.5, 0, 0]
+    fitted = gates.ramp_below([float(x) for x in range(101)], 0.1)
     assert fitted == (-30.0, 10.0)  # nine of ten pay nothing; 0 as far below the tenth as the median, 50, lies above
-    assert gates.Ramp.below([3.0], 0.1) == (2.75, 3.0)
+    assert gates.ramp_below([3.0], 0.1) == (2.75, 3.0)
 
 
 def test_originality_by_the_longest_copied_run():
@@ -318,7 +308,7 @@ def test_the_rarest_shared_word_by_hand():
 @pytest.mark.parametrize(
     "question",
     [
-        "你为什么认为电车应该比公共汽车更便宜？",  # Chinese: 18 characters, about nine words
+        "你为什么认为电车应该比公共汽车更便宜？",  # Chinese: 18 characters, about six words
         "この町の電車が遅いと思うのはなぜですか？",  # Japanese
         "ทำไมคุณถึงคิดว่ารถรางควรถูกกว่ารถเมล์?",  # Thai
         "आप क्यों सोचते हैं कि ट्रेन सस्ती होनी चाहिए?",  # Hindi, whose vowel signs are no letters to \w
@@ -335,20 +325,21 @@ def test_form_in_other_scripts(question):
 
 def test_words_of_mixed_scripts():
     assert gates.words("Why 电车, don’t 5?") == ["why", "电", "车", "don't", "5"]
-    assert gates.count_words(["why", "电", "车", "รุ", "น"]) == 2.5  # two Chinese characters a word, four Thai ones
+    assert gates.count_words(["why", "电", "车", "รุ", "น"]) == pytest.approx(1 + 4 / 3)
 
 
 # --- logistic regression --------------------------------------------------------------------------------------------
 
 
-def test_minimise_finds_where_the_gradient_is_zero():
+def test_logistic_regression_ends_where_the_gradient_is_zero():
     torch.manual_seed(0)
     x, y = torch.randn(200, 3), (torch.rand(200, 1) < 0.4).float()
-    w, b = torch.zeros(3, 1), torch.zeros(1)
-    logistic.minimise(lambda: x @ w + b, [w, b], y, 0.1)
+    w, b = logistic.logistic_regression(x, y, 0.1)
     error = torch.sigmoid(x @ w + b) - y
     assert torch.allclose(x.T @ error / 200 + 0.1 * w, torch.zeros(3, 1), atol=1e-4)
     assert abs(error.mean()) < 1e-4 and not w.requires_grad
+    again, _ = logistic.logistic_regression(x.to_sparse(), y, 0.1)
+    assert torch.allclose(again, w, atol=1e-4)
 
 
 def test_calibrated_makes_bold_weights_modest():
@@ -401,21 +392,12 @@ def test_signs_of_a_question_by_hand():
 
 
 def test_a_saved_scorer_has_its_language_model_again(tmp_path, deep, monkeypatch):
-    """There is one reward: the same from `fit`, from `load` and from `load_scorer`."""
+    """There is one reward: the same from `fit` and from `load`."""
     deep.save(tmp_path)
     opened = []
-
-    def opens(*arguments):
-        opened.append(arguments)
-        return FakeModel(seed=len(opened) > 2)
-
-    monkeypatch.setattr("socratiq.scorer.scorer.open_language_model", opens)
-    expected = deep.explain(*ROWS[0][:2])
-    assert Scorer.load(tmp_path).explain(*ROWS[0][:2]) == expected
-    assert rewards.load_scorer(tmp_path, "cpu", "float32").explain(*ROWS[0][:2]) == expected
-    assert opened == [("fake", "auto", "auto"), ("fake", "cpu", "float32")]
-    with pytest.raises(UserError, match="fake has changed since the scorer was fitted"):
-        Scorer.load(tmp_path)
+    monkeypatch.setattr("socratiq.scorer.scorer.open_language_model", lambda *of: opened.append(of) or FakeModel())
+    assert Scorer.load(tmp_path, "cpu", "float32").explain(*ROWS[0][:2]) == deep.explain(*ROWS[0][:2])
+    assert opened == [("fake", "cpu", "float32")]
 
 
 @pytest.fixture(scope="module")
@@ -447,8 +429,8 @@ def test_readings_are_those_of_one_question_at_a_time(tiny):
             assert torch.allclose(reading.features, apart.features, atol=1e-4)
 
 
-def test_states_are_those_of_the_middle_and_of_four_fifths():
-    """On ten layers: after five of them and after eight, as transformers counts them."""
+def test_states_are_those_of_the_middle():
+    """On ten layers: after five of them, as transformers counts them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from socratiq.models import load_tokenizer
@@ -471,7 +453,7 @@ def test_states_are_those_of_the_middle_and_of_four_fifths():
         states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
     states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
     (reading,) = LanguageModel(policy, tokenizer).read([text], [question])
-    wanted = torch.cat([states[5].mean(0), states[8].mean(0), states[5][-1], states[8][-1]])
+    wanted = torch.cat([states[5].mean(0), states[5][-1]])
     assert torch.allclose(reading.features, wanted, atol=1e-4)
 
 
@@ -501,7 +483,7 @@ def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
     scorer = Scorer.fit(rows, lm=LanguageModel(*tiny, name="tiny"))
     scorer.save(tmp_path / "scorer")
     columns = columns_of(rows[:7])
-    again, parts = rewards.load_scorer(tmp_path / "scorer", "cpu", "float32").graded(*columns)
+    again, parts = Scorer.load(tmp_path / "scorer", "cpu", "float32").graded(*columns)
     assert torch.equal(again, scorer.reward(*columns)) and set(parts) > {"fluency", "probe", "ngrams"}
 
 
@@ -510,13 +492,13 @@ def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
 
 def test_figures_by_hand():
     strengths = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.1, 0.8], [0.3, 0.4]])
-    found = grading.figures(["A", "B"], strengths, strengths, ["A", "A", "B", "others"])
-    assert found.accuracy == pytest.approx(2 / 3)
-    assert found.confusion.tolist() == [[1, 1], [0, 1]]
-    assert found.f1 == pytest.approx([2 / 3, 2 / 3]) and found.macro_f1 == pytest.approx(2 / 3)
+    found = grading.figures(["A", "B"], strengths, ["A", "A", "B", "others"])
+    assert list(found) == ["accuracy", "macro-F1", "calibration error", "A", "B"]
     # bins of one each: .9 of a positive, .2 of a negative, .6 +, .7 -, .1 -, .8 +, .3 -, .4 -
-    assert found.ece == pytest.approx((0.1 + 0.2 + 0.4 + 0.7 + 0.1 + 0.2 + 0.3 + 0.4) / 8)
-    assert "macro-F1 0.667" in str(found)
+    gap = (0.1 + 0.2 + 0.4 + 0.7 + 0.1 + 0.2 + 0.3 + 0.4) / 8
+    assert list(found.values()) == pytest.approx([2 / 3, 2 / 3, gap, 2 / 3, 2 / 3])
+    found = grading.figures(["A", "B"], strengths, ["A", "A", "A", "others"])
+    assert (found["A"], found["B"], found["macro-F1"]) == pytest.approx((0.5, 0, 0.25))
 
 
 @pytest.mark.parametrize("held_out", [(), TOPICS[:3]])
@@ -536,16 +518,16 @@ def test_cross_validation_never_shows_a_text_to_its_own_grader(monkeypatch, held
     monkeypatch.setattr("socratiq.scorer.scorer.opinions", graded)
     rows = ROWS + [r._replace(context=r.context.upper() + "  ") for r in ROWS]  # the same texts, written otherwise
     held = {r.context for r in rows if any(f" {topic}." in r.context.lower() for topic in held_out)}
-    found = cross_validate(rows, held_out=held)
-    assert found.strengths.shape == (len(rows), 3) and found.strengths.sum() == 0
+    _, found = cross_validate(rows, held_out=held)
+    assert found.shape == (1, len(rows), 3) and found.sum() == 0
     assert len(taught) == 5 + bool(held_out) and all(taught)
     assert not {" ".join(text.lower().split()) for text in held} & set().union(*taught)
 
 
 def test_cross_validation_grades_rows_where_they_stand():
-    found, backwards = cross_validate(ROWS), cross_validate(ROWS[::-1])
-    assert found.accuracy > 0.95 and found.strengths.shape == (len(ROWS), 3)
-    assert torch.allclose(found.strengths, backwards.strengths.flip(0), atol=1e-3)
+    (types, found), (_, backwards) = cross_validate(ROWS), cross_validate(ROWS[::-1])
+    assert grading.figures(types, mean_opinion(found), [r.type for r in ROWS])["accuracy"] > 0.95
+    assert torch.allclose(found, backwards.flip(1), atol=1e-3)
 
 
 def test_it_is_fast_enough_on_the_rows_that_ship():
@@ -584,7 +566,7 @@ def test_command_line(capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in ROWS]
     path.write_text("\n".join(lines) + "\n")
-    fit_scorer(["--data", str(path), "--out", str(tmp_path / "out"), "--folds", "3"])
+    fit_scorer(["--data", str(path), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
     for text in ("macro-F1", "calibration error", str(tmp_path / "out"), "train_ppo.py will refuse it as a reward"):
         assert text in said
@@ -593,13 +575,10 @@ def test_command_line(capsys, tmp_path):
     scorer = Scorer.load(tmp_path / "out")
     texts = scorer.settings["texts"]
     assert held_out and texts == sorted(texts) and not {grading.place(text) for text in held_out}.intersection(texts)
-    rewards.check_unseen(scorer, held_out, "out")
-    fit_scorer(["--data", str(path), "--out", str(tmp_path / "all"), "--folds", "2", "--held-out", "0"])
-    assert "will refuse it" in capsys.readouterr().out
-    scorer = Scorer.load(tmp_path / "all")
-    assert set(scorer.settings["texts"]) == {grading.place(r.context) for r in ROWS}
-    with pytest.raises(UserError, match=f"--scorer all was fitted on {len(held_out)} of the {len(held_out)} held-out"):
-        rewards.check_unseen(scorer, held_out, "all")
+    Scorer.load(tmp_path / "out", held_out=held_out)
+    Scorer.fit(ROWS).save(tmp_path / "all")
+    with pytest.raises(UserError, match=f"all was fitted on {len(held_out)} of the {len(held_out)} held-out texts"):
+        Scorer.load(tmp_path / "all", held_out=held_out)
 
 
 # --- the reward of PPO ----------------------------------------------------------------------------------------------
@@ -613,10 +592,10 @@ def ppo_arguments(**given):
 def test_ppo_refuses_a_scorer_without_a_language_model(tmp_path, scorer):
     scorer.save(tmp_path)
     with pytest.raises(UserError, match=r"has no language model.*--allow-bare-scorer"):
-        rewards.load_reward(ppo_arguments(scorer=tmp_path), [], [])
-    allowed = rewards.load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [], [])
+        load_reward(ppo_arguments(scorer=tmp_path), [], [])
+    allowed, types = load_reward(ppo_arguments(scorer=tmp_path, allow_bare_scorer=True), [], [])
     columns = [ROWS[0].context], [ROWS[0].question], ["Clarity"]
-    assert allowed.types == scorer.types and torch.equal(allowed(*columns)[0], scorer.reward(*columns))
+    assert types == scorer.types and torch.equal(allowed(*columns)[0], scorer.reward(*columns))
 
 
 REWARDS = """
@@ -633,7 +612,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", sys.path[:])
 
     def reward(name):
-        return rewards.load_reward(ppo_arguments(reward=f"own_rewards:{name}"), [], ["Clarity"])
+        return load_reward(ppo_arguments(reward=f"own_rewards:{name}"), [], ["Clarity"])[0]
 
     values, parts = reward("length")(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
     assert values.tolist() == [2.0, 3.0] and values.dtype == torch.float32 and parts == {}

@@ -92,7 +92,7 @@ def test_ppo_rewards_and_advantages_add_up(pages):
 
 
 def test_ppo_prints_the_reward_of_the_saved_scorer(inputs, capsys, monkeypatch):
-    from socratiq.scorer.reward import load_scorer
+    from socratiq.scorer.scorer import Scorer
 
     options = ["--stage", "ppo", "--model", "tiny"]
     files = ["--scorer", str(inputs / "deep_scorer"), "--data", str(inputs / "rows.jsonl")]
@@ -100,7 +100,7 @@ def test_ppo_prints_the_reward_of_the_saved_scorer(inputs, capsys, monkeypatch):
     show.run()
     page = capsys.readouterr().out
     text, kind = re.search(r"text +(.+)\ntype +(.+)", page).groups()
-    scorer = load_scorer(inputs / "deep_scorer", dtype="float32")  # with the language model that it was fitted with
+    scorer = Scorer.load(inputs / "deep_scorer", dtype="float32")  # with the language model that it was fitted with
     for asked, paid in re.findall(r"sample \d: (.*)\nthe scorer's reward (\S+),", page):
         assert float(paid) == pytest.approx(scorer.reward([text], [asked], [kind]).item(), abs=0.001)
 

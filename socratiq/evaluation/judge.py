@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from socratiq.run.errors import UserError
-from socratiq.scorer.ngrams import minimise
+from socratiq.scorer.ngrams import logistic_regression
 
 TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
 BUCKETS = 2**14
@@ -54,8 +54,9 @@ class Judge(NamedTuple):
         x = F.normalize(present * rarity)  # (N, BUCKETS), rows of length 1: long questions weigh no more
         target = torch.tensor([[float(of_row == name) for name in types] for *_, of_row in rows])  # (N, T)
         weight, unseen = ridge(x, target - target.mean(0))
-        slope, bias = torch.zeros(len(types)), torch.zeros(len(types))
-        minimise(lambda: unseen * slope + bias, [slope, bias], target, 1e-4)  # Platt 1999, for each type
+        columns = zip(unseen.split(1, dim=1), target.split(1, dim=1), strict=True)
+        platt = [logistic_regression(score, of_type, 1e-4) for score, of_type in columns]  # Platt 1999, for each type
+        slope, bias = (torch.cat([part.view(1) for part in parts]) for parts in zip(*platt, strict=True))
         return cls(types, weight, rarity, slope, bias)
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:

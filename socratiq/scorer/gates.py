@@ -9,23 +9,19 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from typing import NamedTuple
 
-HAN = "\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"  # Chinese and Japanese, written without spaces
-THAI = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese and Khmer, likewise
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: each character is a token.
+SPACELESS = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
 SIGNS = "".join(c for c in map(chr, range(0x300, 0x1E00)) if unicodedata.category(c)[0] == "M")  # vowels, accents
-TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
-LETTERS = rf"(?:[^\W_{HAN}{THAI}][{SIGNS}]*)+"
-TOKEN_OF_ANY_SCRIPT = re.compile(rf"[{HAN}]|[{THAI}][{SIGNS}]*|{LETTERS}(?:'{LETTERS})*|[^\w\s]|_")
-SPACELESS = ((re.compile(f"[{HAN}]"), 1 / 2), (re.compile(f"[{THAI}]"), 1 / 4))  # what one character is worth in words
+LETTERS = rf"[^\W_{SPACELESS}]+(?:[{SIGNS}]+[^\W_{SPACELESS}]*)*"
+TOKEN = re.compile(rf"{LETTERS}(?:'{LETTERS})*|[{SPACELESS}][{SIGNS}]*|[^\w\s]|_")
 WORD = re.compile(r"[^\W\d_]+")  # letters alone, in the case that they have
 INSIDE = re.compile(r"(?<=[\w,;] )[^\W\d_]+")  # the same behind a word or a comma, where no sentence begins
 
 
 def tokens(text: str) -> list[str]:
     """Lower-cased words and punctuation marks, in order; characters in scripts without spaces."""
-    text = text.lower().replace("’", "'")
-    return (TOKEN if text.isascii() else TOKEN_OF_ANY_SCRIPT).findall(text)
+    return TOKEN.findall(text.lower().replace("’", "'"))
 
 
 def words(text: str) -> list[str]:
@@ -34,30 +30,25 @@ def words(text: str) -> list[str]:
 
 
 def count_words(said: list[str]) -> float:
-    """How many words these are; of scripts without spaces, about how many."""
-    return sum(next((worth for script, worth in SPACELESS if script.match(word)), 1.0) for word in said)
+    """How many words these are; three characters of scripts without spaces count as one."""
+    return sum(1 / 3 if re.match(f"[{SPACELESS}]", word) else 1 for word in said)
 
 
-def stem(word: str) -> str:
-    """The first four letters: enough to match "argue", "argument" and "arguing"."""
-    return word[:4]
+def stems(text: str) -> set[str]:
+    """The first four letters of its words: enough to match "argue", "argument" and "arguing"."""
+    return {word[:4] for word in words(text)}
 
 
-class Ramp(NamedTuple):
+def ramp(x: float, low: float, high: float) -> float:
     """0 at `low` and beyond, 1 at `high` and beyond, a straight line between."""
+    return min(1.0, max(0.0, (x - low) / (high - low)))
 
-    low: float
-    high: float
 
-    def __call__(self, x: float) -> float:
-        return min(1.0, max(0.0, (x - self.low) / (self.high - self.low)))
-
-    @classmethod
-    def below(cls, genuine: list[float], share: float) -> "Ramp":
-        """1 for all but the lowest `share` of genuine values, and 0 from as far below as their median lies above."""
-        ordered = sorted(genuine)
-        lowest, median = ordered[int(share * len(ordered))], ordered[len(ordered) // 2]
-        return cls(lowest - max(median - lowest, 0.25), lowest)  # at least a quarter nat wide, if there are few values
+def ramp_below(genuine: list[float], share: float) -> tuple[float, float]:
+    """Low and high: 1 for all but the lowest `share` of genuine values; 0 as far below as their median is above."""
+    ordered = sorted(genuine)
+    lowest, median = ordered[int(share * len(ordered))], ordered[len(ordered) // 2]
+    return lowest - max(median - lowest, 0.25), lowest  # at least a quarter nat wide, if there are few values
 
 
 GATES = {  # in the order in which the reward multiplies them: what is wrong with a question that does not pass
@@ -69,12 +60,12 @@ GATES = {  # in the order in which the reward multiplies them: what is wrong wit
 }
 LOW = 0.7  # a gate below it is worth a remark to people who read the question
 
-STUB = Ramp(1, 5)  # words: "What if?" could be asked of anything
-BREVITY = Ramp(46, 24)  # words: two questions glued together make a long one
-NEW_RUNS = Ramp(0.6, 0.9)  # distinct pairs of neighbours among all pairs
-MARKS = Ramp(0.6, 0.4)  # marks per word: a list with a comma after every word is no question
+STUB = (1, 5)  # words: "What if?" could be asked of anything
+BREVITY = (46, 24)  # words: two questions glued together make a long one
+NEW_RUNS = (0.6, 0.9)  # distinct pairs of neighbours among all pairs
+MARKS = (0.6, 0.4)  # marks per word: a list with a comma after every word is no question
 MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
-OWN_WORDS = Ramp(0.2, 0.5)  # share of the words outside the longest run copied from the prompt
+OWN_WORDS = (0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
 
 def form(question: str) -> float:
@@ -86,7 +77,8 @@ def form(question: str) -> float:
     length, marks = count_words(said), (len(tokens(text)) - len(said) - 1) / len(said)
     size = 2 if length == len(said) else 4  # four characters repeat as seldom as two words
     runs = list(zip(*(said[i:] for i in range(size)), strict=False)) or said
-    return STUB(length) * BREVITY(length) * MARKS(marks) * NEW_RUNS(len(set(runs)) / len(runs))
+    distinct = len(set(runs)) / len(runs)
+    return ramp(length, *STUB) * ramp(length, *BREVITY) * ramp(marks, *MARKS) * ramp(distinct, *NEW_RUNS)
 
 
 def longest_run(said: list[str], text: list[str]) -> int:
@@ -102,7 +94,7 @@ def originality(prompt: str, question: str) -> float:
     """0 where the question is little more than a piece of the prompt (its text, or the instruction) and a "?"."""
     said = words(question)
     run = longest_run(said, words(prompt))
-    return OWN_WORDS(1 - run / len(said)) if run >= 4 else 1.0
+    return ramp(1 - run / len(said), *OWN_WORDS) if run >= 4 else 1.0
 
 
 # --- learnt from rows, kept as settings -----------------------------------------------------------------------------
@@ -137,11 +129,11 @@ def words_inside(text: str) -> list[str]:
 def fit_rarity(contexts: list[str]) -> dict[str, float]:
     """Inverse document frequency of the word beginnings of these texts; that of a word never met stands under ""."""
     texts = set(contexts)
-    count = Counter(beginning for text in texts for beginning in {stem(word) for word in words(text)})
+    count = Counter(beginning for text in texts for beginning in stems(text))
     return {s: math.log((1 + len(texts)) / n) for s, n in sorted(count.items())} | {"": math.log(1 + len(texts))}
 
 
 def rarest_shared(context: str, question: str, rarity: dict[str, float]) -> float:
     """The rarity of the rarest word beginning that text and question share; 0 if they share none."""
-    both = {stem(word) for word in words(context)} & {stem(word) for word in words(question)}
+    both = stems(context) & stems(question)
     return max((rarity.get(beginning, rarity[""]) for beginning in both), default=0.0)

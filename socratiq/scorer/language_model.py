@@ -4,9 +4,6 @@ Two readings answer all three: log-probs and hidden states of the question after
 Questions about the same text hang on one run of that text.
 """
 
-from __future__ import annotations
-
-import math
 from typing import NamedTuple
 
 import torch
@@ -18,17 +15,15 @@ from socratiq.prompts import plain_ids
 from socratiq.run.errors import bar
 
 BETWEEN = "\n\n"  # stands between a text and the question
-DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
 QUESTION_TOKENS, CONTEXT_TOKENS = 96, 384  # longer ones are cut
 AT_ONCE = 32  # questions about the same text
-SENTENCE = "What do you mean by that?"
 
 
 class Reading(NamedTuple):
     """A question of n tokens after a text."""
 
     logprobs: torch.Tensor  # (n,) of each token, given what stands before it
-    features: torch.Tensor  # (4 H,) hidden states at both DEPTHS: their mean over the tokens, and the last ones
+    features: torch.Tensor  # (2 H,) hidden states half of the way up: their mean over the tokens, and the last one
 
 
 class LanguageModel:
@@ -48,37 +43,26 @@ class LanguageModel:
             found |= {(context, q): reading for q, reading in zip(some, self._read(context, some), strict=True)}
         return [found[pair] for pair in zip(contexts, questions, strict=True)]
 
-    def signature(self) -> list[float]:
-        """Log-probs of a fixed question: tells whether another model is the one that a scorer was fitted with."""
-        return [round(x, 3) for x in self.read([""], [SENTENCE])[0].logprobs.tolist()]
-
-    def _ids(self, text: str, longest: int | None = None) -> list[int]:
-        return plain_ids(self.tokenizer, text)[:longest]
-
     def _read(self, context: str, questions: list[str]) -> list[Reading]:
-        """Questions about one text: a packed batch of one prompt, read on the CPU in float32."""
-        prompt = self._ids(context, CONTEXT_TOKENS) + self._ids(BETWEEN)
-        completions = [self._ids(question, QUESTION_TOKENS) for question in questions]
+        """Questions about one text: a packed batch of one prompt."""
+        prompt = plain_ids(self.tokenizer, context)[:CONTEXT_TOKENS] + plain_ids(self.tokenizer, BETWEEN)
+        completions = [plain_ids(self.tokenizer, question)[:QUESTION_TOKENS] for question in questions]
         states: list[torch.Tensor] = []
-
-        def keep(module, args, output):
-            states.append((output[0] if isinstance(output, tuple) else output)[0].float().cpu())  # (1, N, H) -> (N, H)
-
         with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            deepest = max(1, len(layers) - 1)  # the last layer may run on scored tokens alone
-            depths = [min(deepest, math.ceil(depth * len(layers))) for depth in DEPTHS]
-            hooks = [layers[depth - 1].register_forward_hook(keep) for depth in depths]
-            try:
+            with layers[(len(layers) - 1) // 2].register_forward_hook(lambda *call: states.append(call[-1])):
                 batch = make_batch([prompt], [completions]).to(policy.device)
                 logprobs = token_logprobs(policy, batch)["logprobs"][0].float().cpu()  # (K, C)
-            finally:
-                for hook in hooks:
-                    hook.remove()
         lengths = [len(ids) for ids in completions]
-        own = torch.cat(states, 1)[len(prompt) :].split(lengths)  # (n, 2 H) of each question
+        own = states[0][0].float().cpu()[len(prompt) :].split(lengths)  # (n, H) of each question
         features = [torch.cat([x.sum(0), x[-1:].sum(0) * len(x)]) / max(1, len(x)) for x in own]
         return [Reading(row[:n], x) for row, n, x in zip(logprobs, lengths, features, strict=True)]
+
+
+def read(lm: LanguageModel | None, questions: list[str], contexts: list[str] | None = None) -> list[Reading]:
+    """Every question after its context, or alone; without a language model the readings are empty."""
+    nothing = Reading(torch.zeros(0), torch.zeros(0))
+    return lm.read(contexts or [""] * len(questions), questions) if lm else [nothing] * len(questions)
 
 
 def open_language_model(name: str, device: str = "auto", dtype: str = "auto") -> LanguageModel | None:

@@ -17,18 +17,24 @@ a quick look. As a reward for PPO it was gamed within 16 iterations.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from socratiq.prompts import build_prompt
 from socratiq.run.errors import UserError
-from socratiq.scorer import gates, grading
-from socratiq.scorer.gates import GATES, Ramp
-from socratiq.scorer.grading import Figures, place
-from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model
-from socratiq.scorer.ngrams import fit_strengths, mean_opinion, minimise, opinions
+from socratiq.run.files import atomic_write
+from socratiq.scorer import gates
+from socratiq.scorer.grading import place
+from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model, read
+from socratiq.scorer.ngrams import fit_strengths, logistic_regression, mean_opinion, opinions
 from socratiq.taxonomy import OTHERS
 
 EXPONENT = 0.7  # of the strength; 0.5 and 1 are each worse against one kind of string or another
@@ -36,17 +42,17 @@ DOUBT = 1.0  # relatedness is sigmoid(log-odds + DOUBT), in doubt for the questi
 L2_RELATED = 1e-3
 GATE_ROWS = 256  # rows from which relatedness and fluency are learnt: a language model has to read their texts
 ODD = 0.05  # share of genuine questions that pay something for each sign of fluency
-VERSION = 6  # of the saved files; 6: fluency by log-probs alone
-SETTINGS = ("texts", "model", "signature", "rarity", "sentence", "fluency")
+FOLDS = 5  # of the cross-validation
+VERSION = 7  # of the saved files; 7: hidden states of one layer
 
 
 class Scorer:
     """Strengths per question type, gates, reward. Build one with `Scorer.fit` or `Scorer.load`."""
 
-    def __init__(self, types: list[str], tensors: dict[str, torch.Tensor], settings: dict, lm: LanguageModel | None):
-        self.types = types
+    def __init__(self, tensors: dict[str, torch.Tensor], settings: dict, lm: LanguageModel | None):
+        self.types: list[str] = settings["types"]
         self.tensors = tensors  # weight, bias; probe, probe_bias with a language model; related, related_bias
-        self.settings = settings  # the texts it was fitted on, the language model's name and signature, the gates'
+        self.settings = settings  # the texts it was fitted on, the language model's name, the gates'
         self.lm = lm
 
     @classmethod
@@ -58,10 +64,10 @@ class Scorer:
         rows = sorted((r for r in rows if r.type), key=lambda r: (r.question, r.type, r.context))
         types = sorted({r.type for r in rows} - {OTHERS})
         contexts, questions = [r.context for r in rows], [r.question for r in rows]
-        settings = {"texts": sorted(set(map(place, contexts))), "model": lm.name if lm else "none"}
-        settings |= {"signature": lm.signature() if lm else [], "rarity": gates.fit_rarity(contexts)}
-        settings["sentence"] = gates.fit_sentence(contexts, questions)
-        scorer = cls(types, fit_strengths(rows, types, features_of(lm, questions)), settings, lm)
+        settings = {"version": VERSION, "types": types, "model": lm.name if lm else "none"}
+        settings |= {"texts": sorted(set(map(place, contexts)))}
+        settings |= {"rarity": gates.fit_rarity(contexts), "sentence": gates.fit_sentence(contexts, questions)}
+        scorer = cls(fit_strengths(rows, types, features(read(lm, questions))), settings, lm)
         scorer.fit_gates(sorted(rows, key=lambda r: place(r.context))[:GATE_ROWS])
         return scorer
 
@@ -72,69 +78,54 @@ class Scorer:
         other = dict(zip(texts, texts[1:] + texts[:1], strict=True))
         contexts = [r.context for r in rows] + [other[r.context] for r in rows]
         questions = [r.question for r in rows] * 2
-        alone, given = self.read(contexts, questions)
-        x = self.evidence(contexts, questions, alone, given)
+        given = read(self.lm, questions, contexts)
+        x = self.evidence(contexts, questions, read(self.lm, questions), given)
         own = torch.arange(len(x))[:, None] < len(rows)
-        w, b = torch.zeros(x.shape[1], 1), torch.zeros(1)
-        minimise(lambda: x @ w + b, [w, b], own.float(), L2_RELATED)
-        self.tensors["related"], self.tensors["related_bias"] = w, b
+        self.tensors["related"], self.tensors["related_bias"] = logistic_regression(x, own.float(), L2_RELATED)
         signs = zip(*map(fluency_signs, given[: len(rows)]), strict=True)  # of each sign, those of all rows
-        self.settings["fluency"] = [Ramp.below(list(sign), ODD) for sign in signs]
-
-    def read(self, contexts: list[str], questions: list[str]) -> tuple[list[Reading], list[Reading]]:
-        """What the language model reads: the questions alone, and after their contexts. Nothing without one."""
-        if self.lm is None:
-            return [], []
-        return self.lm.read([""] * len(questions), questions), self.lm.read(contexts, questions)
+        self.settings["fluency"] = [gates.ramp_below(list(sign), ODD) for sign in signs]
 
     def strengths(self, contexts: list[str], questions: list[str]) -> torch.Tensor:
         """(N, T) in 0..1, columns in the order of `.types`: how strongly each question is of each type."""
-        return mean_opinion(opinions(self.tensors, questions, features_of(self.lm, questions)))
+        return mean_opinion(opinions(self.tensors, questions, features(read(self.lm, questions))))
 
     def evidence(self, contexts, questions, alone: list[Reading], given: list[Reading]) -> torch.Tensor:
-        """(N, 1 or 2) signs that a question is about its context: the rarest word that both share, and with a language
-        model how much likelier the context makes it.
+        """(N, 2) signs that a question is about its context: the rarest word that both share, and how much likelier the
+        context makes it; 0 without a language model.
 
         That is log p(question | context) - log p(question) without the first token, which every text helps, over the
         root of the question's length: long questions have more to gain.
         """
         rarity = self.settings["rarity"]
-        columns = [[gates.rarest_shared(c, q, rarity)] for c, q in zip(contexts, questions, strict=True)]
-        for column, a, g in zip(columns, alone, given, strict=False):
-            column.append((g.logprobs - a.logprobs)[1:].sum().item() / max(1, len(g.logprobs)) ** 0.5)
-        return torch.tensor(columns)
+        shared = [gates.rarest_shared(c, q, rarity) for c, q in zip(contexts, questions, strict=True)]
+        gains = [g.logprobs - a.logprobs for a, g in zip(alone, given, strict=True)]
+        likelier = [gain[1:].sum().item() / max(1, len(gain)) ** 0.5 for gain in gains]
+        return torch.tensor([shared, likelier]).T
 
     def fluency(self, given: Reading) -> float:
         """The worse of a question's two signs counts."""
         signs = zip(self.settings["fluency"], fluency_signs(given), strict=True)
-        return min(Ramp(*ramp)(sign) for ramp, sign in signs)
+        return min(gates.ramp(sign, *bounds) for bounds, sign in signs)
 
     def graded(self, contexts, questions, types) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The reward (N,), and every part of it by name, each (N,) in 0..1. Raises UserError for an unknown type."""
-        unknown = set(types) - set(self.types)
-        if unknown:
+        if unknown := set(types) - set(self.types):
             raise UserError(f"the scorer does not know the type {min(unknown)!r}; it knows {', '.join(self.types)}")
-        if not questions:
-            return torch.zeros(0), {}
-        alone, given = self.read(contexts, questions)
-        found = opinions(self.tensors, questions, torch.stack([a.features for a in alone]) if alone else None)
-        column = torch.tensor([self.types.index(t) for t in types])[:, None]
+        alone, given = read(self.lm, questions), read(self.lm, questions, contexts)
+        column = torch.tensor([self.types.index(t) for t in types], dtype=torch.long)[None, :, None]
+        found = opinions(self.tensors, questions, features(alone)).take_along_dim(column, 2)  # (1 or 2, N, 1)
         evidence = self.evidence(contexts, questions, alone, given)
         log_odds = (evidence @ self.tensors["related"] + self.tensors["related_bias"])[:, 0]  # against another text
-        prompts = map(build_prompt, contexts, types)
         parts = {
-            "strength": mean_opinion(found).gather(1, column)[:, 0],
+            "strength": mean_opinion(found)[:, 0],
             "form": torch.tensor([gates.form(q) for q in questions]),
-            "originality": torch.tensor([*map(gates.originality, prompts, questions)]),
+            "originality": torch.tensor([*map(gates.originality, map(build_prompt, contexts, types), questions)]),
             "sentence": torch.tensor([gates.sentence(q, **self.settings["sentence"]) for q in questions]),
             "relatedness": torch.sigmoid(log_odds + DOUBT),
+            "fluency": torch.tensor([self.fluency(reading) for reading in given]),
         }
-        if self.lm:
-            parts["fluency"] = torch.tensor([*map(self.fluency, given)])
-        reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in GATES if name in parts]).prod(0)
-        if self.lm:
-            parts |= {name: x.gather(1, column)[:, 0] for name, x in zip(("ngrams", "probe"), found, strict=True)}
-        return reward, parts
+        reward = parts["strength"] ** EXPONENT * torch.stack([parts[name] for name in gates.GATES]).prod(0)
+        return reward, parts | dict(zip(("ngrams", "probe"), found[..., 0], strict=False))
 
     def reward(self, contexts: list[str], questions: list[str], types: list[str]) -> torch.Tensor:
         """(N,) in 0..1."""
@@ -144,52 +135,40 @@ class Scorer:
         """All that the scorer thinks of one question: by type its strength and reward, and every gate."""
         n = len(self.types)
         reward, parts = self.graded([context] * n, [question] * n, self.types)
-        found = {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in parts.items()}
-        found |= {name: parts[name][0].item() for name in GATES if name in parts}
-        return found | {"reward": dict(zip(self.types, reward.tolist(), strict=True))}
+        parts["reward"] = reward
+        by_type = {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in parts.items()}
+        return by_type | {name: parts[name][0].item() for name in gates.GATES}
 
     def save(self, folder: str | Path) -> None:
         """Write scorer.safetensors and scorer.json."""
-        from safetensors.torch import save
-
-        from socratiq.run.files import atomic_write
-
-        settings = {"version": VERSION, "types": self.types, **self.settings}
         atomic_write(Path(folder) / "scorer.safetensors", save(self.tensors))
-        atomic_write(Path(folder) / "scorer.json", json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+        atomic_write(Path(folder) / "scorer.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "auto", dtype: str = "auto") -> Scorer:
+    def load(cls, folder: str | Path, device="auto", dtype="auto", held_out: Iterable[str] = ()) -> Scorer:
         """Read what `save` wrote, and open the language model that it was fitted with.
 
-        Raises UserError if there is nothing that can be read, or if that is another model now.
+        PPO, pairs, show, ask and evaluate all open the reward of a run here. Raises UserError if there is nothing that
+        can be read, or if it has learnt from a text that is held out.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         try:
             tensors = load_file(Path(folder) / "scorer.safetensors")
             settings = json.loads((Path(folder) / "scorer.json").read_text(encoding="utf-8"))
-            if settings.pop("version", 1) != VERSION:
+            if settings.get("version") != VERSION:
                 raise ValueError("fitted by another version of socratiq")
-            tensors["weight"], tensors["bias"], tensors["related_bias"]  # a KeyError if one is missing
-            types, settings = settings["types"], {name: settings[name] for name in SETTINGS}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
-            raise UserError(
-                f"{folder}: no scorer that can be read ({error}); fit one with python -m socratiq.scorer --out {folder}"
-            ) from None
-        lm = open_language_model(settings["model"], device, dtype)
-        known, now = settings["signature"], lm.signature() if lm else []
-        if len(known) != len(now) or any(abs(a - b) > 0.25 for a, b in zip(known, now, strict=True)):
-            raise UserError(f"{folder}: {settings['model']} has changed since the scorer was fitted; fit it anew")
-        return cls(types, tensors, settings, lm)
+        except (OSError, ValueError, AttributeError, SafetensorError) as error:
+            fit_one = f"fit one with python -m socratiq.scorer --out {folder}"
+            raise UserError(f"{folder}: no scorer that can be read ({error}); {fit_one}") from None
+        held_out = set(map(place, held_out))
+        if seen := len(held_out.intersection(settings["texts"])):
+            texts = f"{seen} of the {len(held_out)} held-out texts"
+            raise UserError(f"--scorer {folder} was fitted on {texts}; delete it, and make_pairs.py will fit it anew")
+        return cls(tensors, settings, open_language_model(settings["model"], device, dtype))
 
 
-def features_of(lm: LanguageModel | None, questions: list[str]) -> torch.Tensor | None:
-    """(N, 4 H) hidden states of the questions read alone, for the probe; None without a language model."""
-    if lm is None or not questions:
-        return None
-    return torch.stack([reading.features for reading in lm.read([""] * len(questions), questions)])
+def features(readings: list[Reading]) -> torch.Tensor:
+    """(N, D) hidden states for the probe; D is 0 without a language model."""
+    return torch.stack([reading.features for reading in readings]) if readings else torch.zeros(0, 0)
 
 
 def fluency_signs(given: Reading) -> tuple[float, float]:
@@ -203,19 +182,56 @@ def fluency_signs(given: Reading) -> tuple[float, float]:
     return given.logprobs.mean().item(), low[: max(1, len(low) // 4)].mean().item()
 
 
-def cross_validate(rows, folds: int = 5, lm: LanguageModel | None = None, held_out=frozenset()) -> Figures:
-    """Grade every row by a fit that saw neither it nor its text: strengths (N, T) in the order of the rows.
+def cross_validate(rows, lm: LanguageModel | None = None, held_out=frozenset()) -> tuple[list[str], torch.Tensor]:
+    """Types, and opinions (1 or 2, N, T) of every row by a fit that saw neither it nor its text: five folds of texts.
 
     Rows whose context is `held_out` are graded by a fit to all others, and teach nothing.
     """
     types = sorted({r.type for r in rows if r.context not in held_out} - {OTHERS})
     questions = [r.question for r in rows]
-    features = features_of(lm, questions)
-    fold = [folds if r.context in held_out else place(r.context) % folds for r in rows]
+    states = features(read(lm, questions))
+    fold = [FOLDS if r.context in held_out else place(r.context) % FOLDS for r in rows]
     found = torch.zeros(1 + (lm is not None), len(rows), len(types))
     for k in sorted(set(fold)):
-        learn = [i for i, f in enumerate(fold) if f not in (k, folds)]
+        learn = [i for i, f in enumerate(fold) if f not in (k, FOLDS)]
         grade = [i for i, f in enumerate(fold) if f == k]
-        tensors = fit_strengths([rows[i] for i in learn], types, None if lm is None else features[learn])
-        found[:, grade] = opinions(tensors, [questions[i] for i in grade], None if lm is None else features[grade])
-    return grading.figures(types, mean_opinion(found), found.amax(0), [r.type for r in rows])
+        tensors = fit_strengths([rows[i] for i in learn], types, states[learn])
+        found[:, grade] = opinions(tensors, [questions[i] for i in grade], states[grade])
+    return types, found
+
+
+def load_reward(args, held_out: list[str], types: list[str]) -> tuple[Callable, list[str]]:
+    """The reward of --scorer, or `module:function` of --reward, found from the current folder.
+
+    Returns a function of contexts, questions and types, and the types to ask for: those of the scorer, or of the rows,
+    `types`. The function gives the rewards (N,) and, by name, the parts that they are made of. Raises UserError if
+    there is no such reward, if the scorer has learnt from a text that is held out, or if it has no language model
+    (n-grams alone were gamed within 16 iterations) and --allow-bare-scorer is not given.
+    """
+    if args.reward is None:
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out)
+        if scorer.lm is None and not args.allow_bare_scorer:
+            instead = "delete it and run make_pairs.py --scorer-model smollm2, or give --allow-bare-scorer"
+            raise UserError(f"--scorer {args.scorer} has no language model, and PPO games n-grams alone; {instead}")
+        return scorer.graded, scorer.types
+    if not types:
+        raise UserError(f"{args.data}: no row names a type to ask for; label some, or leave out --reward")
+    module_name, _, function_name = args.reward.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        expected = "expected MODULE:FUNCTION, such as my_reward:reward"
+        raise UserError(f"--reward {args.reward}: {error}; {expected}") from None
+    if not callable(function):
+        raise UserError(f"--reward {args.reward}: {function_name} is no function")
+
+    def reward(contexts: list[str], questions: list[str], types: list[str]) -> tuple[torch.Tensor, dict]:
+        values = function(contexts, questions, types)
+        try:
+            return torch.as_tensor(values, dtype=torch.float32).view(len(questions)), {}
+        except (TypeError, ValueError, RuntimeError) as error:
+            wanted = f"{len(questions)} numbers, one a question"
+            raise UserError(f"--reward {args.reward}: must return {wanted}: {error}") from None
+
+    return reward, types
