@@ -429,8 +429,8 @@ def test_readings_are_those_of_one_question_at_a_time(tiny):
             assert torch.allclose(reading.features, apart.features, atol=1e-4)
 
 
-def test_states_are_those_of_the_middle():
-    """On ten layers: after five of them, as transformers counts them."""
+def test_states_are_those_of_the_middle_and_of_four_fifths():
+    """On ten layers: after five of them and after eight, as transformers counts them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from socratiq.models import load_tokenizer
@@ -453,7 +453,7 @@ def test_states_are_those_of_the_middle():
         states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
     states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
     (reading,) = LanguageModel(policy, tokenizer).read([text], [question])
-    wanted = torch.cat([states[5].mean(0), states[5][-1]])
+    wanted = torch.cat([states[5].mean(0), states[8].mean(0), states[5][-1], states[8][-1]])
     assert torch.allclose(reading.features, wanted, atol=1e-4)
 
 

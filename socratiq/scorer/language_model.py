@@ -4,6 +4,7 @@ Two readings answer all three: log-probs and hidden states of the question after
 Questions about the same text hang on one run of that text.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from socratiq.prompts import plain_ids
 from socratiq.run.errors import bar
 
 BETWEEN = "\n\n"  # stands between a text and the question
+DEPTHS = (0.5, 0.8)  # where hidden states are read, as shares of the layers: type is clearest at both together
 QUESTION_TOKENS, CONTEXT_TOKENS = 96, 384  # longer ones are cut
 AT_ONCE = 32  # questions about the same text
 
@@ -23,7 +25,7 @@ class Reading(NamedTuple):
     """A question of n tokens after a text."""
 
     logprobs: torch.Tensor  # (n,) of each token, given what stands before it
-    features: torch.Tensor  # (2 H,) hidden states half of the way up: their mean over the tokens, and the last one
+    features: torch.Tensor  # (4 H,) hidden states at both DEPTHS: their mean over the tokens, and the last ones
 
 
 class LanguageModel:
@@ -48,13 +50,19 @@ class LanguageModel:
         prompt = plain_ids(self.tokenizer, context)[:CONTEXT_TOKENS] + plain_ids(self.tokenizer, BETWEEN)
         completions = [plain_ids(self.tokenizer, question)[:QUESTION_TOKENS] for question in questions]
         states: list[torch.Tensor] = []
+
+        def keep(module, args, output):
+            states.append(output[0].float().cpu().flatten(0, -2))  # (N, H); some families give a tuple
+
         with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            with layers[(len(layers) - 1) // 2].register_forward_hook(lambda *call: states.append(call[-1])):
+            deepest = max(1, len(layers) - 1)  # the last layer may run on scored tokens alone
+            low, high = (layers[min(deepest, math.ceil(depth * len(layers))) - 1] for depth in DEPTHS)
+            with low.register_forward_hook(keep), high.register_forward_hook(keep):
                 batch = make_batch([prompt], [completions]).to(policy.device)
                 logprobs = token_logprobs(policy, batch)["logprobs"][0].float().cpu()  # (K, C)
         lengths = [len(ids) for ids in completions]
-        own = states[0][0].float().cpu()[len(prompt) :].split(lengths)  # (n, H) of each question
+        own = torch.cat(states, 1)[len(prompt) :].split(lengths)  # (n, 2 H) of each question
         features = [torch.cat([x.sum(0), x[-1:].sum(0) * len(x)]) / max(1, len(x)) for x in own]
         return [Reading(row[:n], x) for row, n, x in zip(logprobs, lengths, features, strict=True)]
 

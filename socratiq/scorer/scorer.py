@@ -43,7 +43,7 @@ L2_RELATED = 1e-3
 GATE_ROWS = 256  # rows from which relatedness and fluency are learnt: a language model has to read their texts
 ODD = 0.05  # share of genuine questions that pay something for each sign of fluency
 FOLDS = 5  # of the cross-validation
-VERSION = 7  # of the saved files; 7: hidden states of one layer
+VERSION = 7  # of the saved files; 7: without a signature of the language model
 
 
 class Scorer:
