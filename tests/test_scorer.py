@@ -493,12 +493,12 @@ def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
 def test_figures_by_hand():
     strengths = torch.tensor([[0.9, 0.2], [0.6, 0.7], [0.1, 0.8], [0.3, 0.4]])
     found = grading.figures(["A", "B"], strengths, ["A", "A", "B", "others"])
-    assert list(found) == ["accuracy", "macro-F1", "calibration error", "A", "B"]
+    assert list(found) == ["accuracy", "macro-F1", "calibration error", "F1 of A", "F1 of B"]
     # bins of one each: .9 of a positive, .2 of a negative, .6 +, .7 -, .1 -, .8 +, .3 -, .4 -
     gap = (0.1 + 0.2 + 0.4 + 0.7 + 0.1 + 0.2 + 0.3 + 0.4) / 8
     assert list(found.values()) == pytest.approx([2 / 3, 2 / 3, gap, 2 / 3, 2 / 3])
     found = grading.figures(["A", "B"], strengths, ["A", "A", "A", "others"])
-    assert (found["A"], found["B"], found["macro-F1"]) == pytest.approx((0.5, 0, 0.25))
+    assert (found["F1 of A"], found["F1 of B"], found["macro-F1"]) == pytest.approx((0.5, 0, 0.25))
 
 
 @pytest.mark.parametrize("held_out", [(), TOPICS[:3]])

@@ -42,4 +42,5 @@ def figures(types: list[str], strengths: torch.Tensor, labels: list[str]) -> dic
     bins = (strengths * 10).long().clamp(0, 9).flatten()
     gap = torch.zeros(10).index_add_(0, bins, (strengths - target).flatten()).abs().sum() / target.numel()
     overall = {"accuracy": right.sum() / known.sum(), "macro-F1": f1.mean(), "calibration error": gap}
-    return {name: value.item() for name, value in overall.items()} | dict(zip(types, f1.tolist(), strict=True))
+    by_type = {f"F1 of {name}": value for name, value in zip(types, f1.tolist(), strict=True)}
+    return {name: value.item() for name, value in overall.items()} | by_type
