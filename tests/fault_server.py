@@ -186,6 +186,7 @@ def error(message: str, type: str | None = None, code: str | int | None = None, 
 ERRORS = {  # name -> status and the error object that servers send with it
     "400": (400, error("bad parameter", "invalid_request_error")),
     "too long": (400, error("too many tokens", "invalid_request_error", "context_length_exceeded")),
+    "max_tokens": (400, error("Unsupported parameter", "invalid_request_error", None, "max_tokens")),
     "400 content filter": (400, error("filtered", None, "content_filter")),
     "401": (401, error("", "invalid_request_error", "invalid_api_key")),
     "402": (402, error("Insufficient balance")),

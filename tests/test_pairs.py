@@ -179,17 +179,18 @@ def test_what_is_sent(monkeypatch):
         assert KEY not in str(keyless.headers) and "temperature" not in keyless.body
 
 
-@pytest.mark.parametrize(
-    ("address", "name"),
-    [
-        (None, "max_completion_tokens"),
-        ("https://me.openai.azure.com/openai/v1", "max_completion_tokens"),
-        ("http://localhost:8000/v1", "max_tokens"),
-    ],
-)
-def test_the_limit_has_the_name_that_the_server_knows(address, name, monkeypatch):
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    assert OpenAIWriter("m", address, max_tokens=77).limit == {name: 77}
+def test_the_other_name_of_the_limit_is_tried_once_and_remembered():
+    def faults(body, number):
+        return "max_tokens" if "max_tokens" in body else "ok"
+
+    with FaultServer(faults) as server:
+        asking = writer(server, max_tokens=77)
+        for _ in range(2):
+            assert asking.answers([Request("r", 1, asking.body(job()))])[0].text
+        assert [seen.fault for seen in server.requests] == ["max_tokens", "ok", "ok"]
+        assert server.requests[-1].body["max_completion_tokens"] == 77
+    with FaultServer(["max_tokens", "400"]) as server, pytest.raises(Refused, match="bad parameter"):
+        ask(server)
 
 
 # --- asking for many --------------------------------------------------------------------------------------------------

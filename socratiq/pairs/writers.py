@@ -25,6 +25,7 @@ HOPELESS = {
     404: "there is no model {model!r}, or --base-url is wrong",
 }
 USED_UP = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "insufficient_balance"}
+LIMITS = ["max_tokens", "max_completion_tokens"]  # newer models of OpenAI know only the second, most servers the first
 TEMPERATURE = 0.5  # of the local writer
 
 
@@ -61,9 +62,7 @@ class OpenAIWriter:
         except Exception as error:  # of several kinds, from several packages
             raise UserError(f"--base-url {base_url}: {self.scrub(error)}") from None
         self.address = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
-        # Newer models of OpenAI know only the new name of the limit, many other servers only the old one.
-        newer = url.host.endswith(("openai.com", "openai.azure.com"))
-        self.limit = {"max_completion_tokens" if newer else "max_tokens": max_tokens}
+        self.max_tokens, self.limits = max_tokens, LIMITS
 
     def body(self, job: Job) -> dict:
         return {"messages": messages(job)}
@@ -81,7 +80,14 @@ class OpenAIWriter:
             raise NoAnswer("not a completion") from None
 
     def _ask(self, body: dict) -> Answer:
-        response = self.client.chat.completions.with_raw_response.create(model=self.model, **body, **self.limit)
+        create, (name, other) = self.client.chat.completions.with_raw_response.create, self.limits
+        try:
+            response = create(model=self.model, **body, **{name: self.max_tokens})
+        except openai.BadRequestError as error:
+            if error.param != name and other not in str(error):
+                raise
+            response = create(model=self.model, **body, **{other: self.max_tokens})
+            self.limits = [other, name]
         return read_completion(response.http_response.json(), len(json.dumps(body)))
 
     def _judge(self, error: openai.APIStatusError) -> Exception:
