@@ -131,7 +131,7 @@ def run_stage():
 
     def roll_out(tasks, samples, *purpose):
         """Steps 2 and 3: K = `samples` questions for each task, and their scores."""
-        prompts = [encode_prompt(tokenizer, context, kind, args.max_prompt_tokens) for context, kind in tasks]
+        prompts = [encode_prompt(tokenizer, context, type_name, args.max_prompt_tokens) for context, type_name in tasks]
         mine = distributed.share(range(len(tasks)))
         own = [prompts[b] for b in mine]
         seeds = [training.derive_seed(args.seed, *purpose, b) for b in mine]
@@ -155,10 +155,10 @@ def run_stage():
         """These questions of a rollout go to samples.jsonl -> a line of text for each."""
         lines = []
         for i in picked:
-            (context, kind), question = rollout.tasks[i // rollout.scores.shape[1]], rollout.questions[i]
+            (context, type_name), question = rollout.tasks[i // rollout.scores.shape[1]], rollout.questions[i]
             score = round(rollout.scores.flatten()[i].item(), 4)
-            run.sample(step=step, split=split, type=kind, context=context, question=question, score=score)
-            lines.append(f"step {step:3d}  score {score:.2f}  {kind}: {' '.join(question.split())[:200]}")
+            run.sample(step=step, split=split, type=type_name, context=context, question=question, score=score)
+            lines.append(f"step {step:3d}  score {score:.2f}  {type_name}: {' '.join(question.split())[:200]}")
         return lines
 
     def evaluate(step):
@@ -185,7 +185,7 @@ def run_stage():
         rollout = roll_out(tasks, args.samples_per_prompt, "samples", step)
         tokens, mask = (x.to(policy.device) for x in pad_completions(rollout.completions))  # (B, K, C)
         raw_scores = rollout.scores.to(policy.device)  # (B, K)
-        names = [f"{sources[context]} asked for {kind}" for context, kind in tasks]
+        names = [f"{sources[context]} asked for {type_name}" for context, type_name in tasks]
         training.check_finite({"the sum of the scores": raw_scores.sum().item()}, this_step, names)
         scores = losses.missing_eos_penalty(raw_scores, tokens, mask, tokenizer.eos_token_id, args.missing_eos_penalty)
         if step == 0 and (raw_scores == raw_scores[0, 0]).all():

@@ -72,13 +72,13 @@ def load_policy(
     """
     if deterministic:
         repeatable()
-    where = pick_device(device)
-    kind = pick_dtype(dtype, where)
+    torch_device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, torch_device)
     full = trainable and lora_rank == 0
     # The dtype is this run's choice, whatever the folder's config says.
-    lm = open_model(name, torch.float32 if full else kind, load_in_4bit, full)
+    lm = open_model(name, torch.float32 if full else torch_dtype, load_in_4bit, full)
     # Of several processes each takes its part of a trained model alone to its device.
-    lm.to("cpu" if trainable and distributed.world() > 1 else where).eval()
+    lm.to("cpu" if trainable and distributed.world() > 1 else torch_device).eval()
     for module in lm.modules():  # in eval mode bitsandbytes may repack a weight, after which it passes no gradient
         if type(module).__name__ == "Linear4bit":
             module.train()
@@ -94,9 +94,9 @@ def load_policy(
         print(f"adapters on {sum(1 for _ in lora.adapters(lm))} linear layers{names}")
     if grad_checkpoint:
         checkpoint_layers(lm)
-    policy = Policy(lm, value_head=value_head, autocast=kind == torch.bfloat16)
+    policy = Policy(lm, value_head=value_head, autocast=torch_dtype == torch.bfloat16)
     if not plain:
-        speed_up(policy, where)
+        speed_up(policy, torch_device)
     check_family(policy, name)
     return policy
 
