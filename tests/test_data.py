@@ -369,21 +369,21 @@ def test_pairs_come_from_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
-def test_many_rows_in_bounded_memory_and_time(tmp_path):
-    """About 2 s and 90 MB for this 16 MB file on one core of a laptop; the bounds are loose for slow machines."""
+def test_many_rows_in_bounded_memory(tmp_path):
+    """About 90 MB for this file of 16 MB."""
     path = tmp_path / "many.csv"
     lines = (f'"{number} {"some words, " * 40}","Why is it number {number}?",clarity\n' for number in range(30_000))
     with open(path, "w") as file:
         file.writelines(["context,question,type\n", *lines])
     program = (
-        "import time; from socratiq.data import load_rows, split_by_context\n"
+        "from socratiq.data import load_rows, split_by_context\n"
         f"train, held_out = split_by_context(load_rows({str(path)!r}))\n"
-        "print(len(train) + len(held_out), round(time.process_time()))\n"
+        "print(len(train) + len(held_out))\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"  # peak, in kB
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    rows, seconds, kilobytes = map(int, run.stdout.split())
-    assert rows == 30_000 and kilobytes < 120_000 and seconds < 15
+    rows, kilobytes = map(int, run.stdout.split())
+    assert rows == 30_000 and kilobytes < 120_000
 
 
 def test_only_rows_of_some_types_and_the_negatives(tmp_path):
