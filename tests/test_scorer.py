@@ -397,6 +397,12 @@ def test_a_saved_scorer_has_its_language_model_again(tmp_path, deep, monkeypatch
     monkeypatch.setattr("socratiq.scorer.scorer.open_language_model", lambda *of: opened.append(of) or FakeModel())
     assert Scorer.load(tmp_path, "cpu", "float32").explain(*ROWS[0][:2]) == deep.explain(*ROWS[0][:2])
     assert opened == [("fake", "cpu", "float32")]
+    monkeypatch.setattr("socratiq.scorer.scorer.fingerprint", lambda name: f"content of {name}")
+    Scorer.fit(ROWS, lm=FakeModel()).save(tmp_path)
+    Scorer.load(tmp_path)
+    monkeypatch.setattr("socratiq.scorer.scorer.fingerprint", lambda name: "trained again")
+    with pytest.raises(UserError, match="fake has changed since; delete it"):
+        Scorer.load(tmp_path)
 
 
 @pytest.fixture(scope="module")

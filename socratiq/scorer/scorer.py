@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save
 from socratiq.prompts import build_prompt
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write
+from socratiq.run.folder import fingerprint
 from socratiq.scorer import gates
 from socratiq.scorer.grading import place
 from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model, read
@@ -43,7 +44,7 @@ L2_RELATED = 1e-3
 GATE_ROWS = 256  # rows from which relatedness and fluency are learnt: a language model has to read their texts
 ODD = 0.05  # share of genuine questions that pay something for each sign of fluency
 FOLDS = 5  # of the cross-validation
-VERSION = 7  # of the saved files; 7: without a signature of the language model
+VERSION = 8  # of the saved files
 
 
 class Scorer:
@@ -65,6 +66,7 @@ class Scorer:
         types = sorted({r.type for r in rows} - {OTHERS})
         contexts, questions = [r.context for r in rows], [r.question for r in rows]
         settings = {"version": VERSION, "types": types, "model": lm.name if lm else "none"}
+        settings |= {"model content": fingerprint(lm.name) if lm and lm.name else None}
         settings |= {"texts": sorted(set(map(place, contexts)))}
         settings |= {"rarity": gates.fit_rarity(contexts), "sentence": gates.fit_sentence(contexts, questions)}
         scorer = cls(fit_strengths(rows, types, features(read(lm, questions))), settings, lm)
@@ -163,6 +165,8 @@ class Scorer:
         if seen := len(held_out.intersection(settings["texts"])):
             texts = f"{seen} of the {len(held_out)} held-out texts"
             raise UserError(f"--scorer {folder} was fitted on {texts}; delete it, and make_pairs.py will fit it anew")
+        if settings["model content"] not in (None, fingerprint(settings["model"])):
+            raise UserError(f"--scorer {folder}: {settings['model']} has changed since; delete it and fit it anew")
         return cls(tensors, settings, open_language_model(settings["model"], device, dtype))
 
 
