@@ -24,13 +24,13 @@ demo: $(RUNS)/demo.done
 
 $(RUNS)/demo.done: | install
 	@echo "== 1/6 SFT: the model learns to ask"
-	$(BIN)/python train_sft.py --types "$(TYPES)" --epochs 4 --batch-size 4 --lr 2e-3 $(SHORT) --out "$(RUNS)/sft"
+	$(BIN)/python train_sft.py --types "$(TYPES)" --epochs 2 --batch-size 4 --lr 2e-3 $(SHORT) --out "$(RUNS)/sft"
 	@echo "== 2/6 pairs: it writes questions of other types than asked for (2 to 5 minutes, the scorer included)"
-	$(BIN)/python make_pairs.py --types "$(TYPES)" --limit 70 $(SHORT) --max-new-tokens 32 --policy "$(RUNS)/sft" --scorer "$(RUNS)/scorer" --out "$(RUNS)/pairs.jsonl"
+	$(BIN)/python make_pairs.py --types "$(TYPES)" --limit 60 $(SHORT) --max-new-tokens 32 --policy "$(RUNS)/sft" --scorer "$(RUNS)/scorer" --out "$(RUNS)/pairs.jsonl"
 	@echo "== 3/6 DPO: it learns to prefer questions of the type"
 	$(BIN)/python train_dpo.py $(SHORT) --lr 2e-4 --model "$(RUNS)/sft" --pairs "$(RUNS)/pairs.jsonl" --out "$(RUNS)/dpo"
 	@echo "== 4/6 PPO: it learns what the scorer rewards"
-	$(BIN)/python train_ppo.py --steps 8 --batch-size 8 --lr 1e-3 --kl-coef 0.005 $(SHORT) --max-new-tokens 32 --eval-prompts 12 --eval-every 8 --model "$(RUNS)/dpo" --scorer "$(RUNS)/scorer" --out "$(RUNS)/ppo"
+	$(BIN)/python train_ppo.py --steps 6 --batch-size 8 --ppo-epochs 1 --lr 1e-3 --kl-coef 0.005 $(SHORT) --max-new-tokens 32 --eval-prompts 12 --eval-every 6 --model "$(RUNS)/dpo" --scorer "$(RUNS)/scorer" --out "$(RUNS)/ppo"
 	@echo "== 5/6 evaluation: every model is asked about texts that none has seen (1 to 4 minutes)"
 	$(BIN)/python -m socratiq.evaluate "$(RUNS)" --samples-per-prompt 2 $(SHORT) --max-new-tokens 32
 	@echo "== 6/6 report"
