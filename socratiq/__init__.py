@@ -3,10 +3,13 @@
 import sys
 
 
+_before = sys.excepthook
+
+
 def _quiet_interrupt(kind, error, trace) -> None:
     """Ctrl-C while a script still imports, before `run.errors.main` answers signals, prints no traceback."""
     if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
+        _before(kind, error, trace)
 
 
 sys.excepthook = _quiet_interrupt
