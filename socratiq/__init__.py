@@ -2,7 +2,6 @@
 
 import sys
 
-
 _before = sys.excepthook
 
 
