@@ -63,7 +63,7 @@ def all_end_at_once():
     """Every question of a rollout is empty: the model says it is done and nothing else."""
     import socratiq.sampling as sampling
 
-    def sample(policy, prompts, samples, max_new_tokens, eos_id, **options):
+    def sample(policy, prompts, samples, max_new_tokens, eos_id, temperature, seeds):
         return [[[eos_id] for _ in range(samples)] for _ in prompts]
 
     sampling.sample = sample
