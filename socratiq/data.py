@@ -167,6 +167,8 @@ def load_pairs(source: str) -> list[Pair]:
         fields = [_column(name, records, field) for field in ("prompt", "chosen", "rejected")]
         for place, record in records:
             _, chosen, rejected = (_text(place, record, field) for field in fields)
+            if chosen == rejected:
+                raise UserError(f"{place}: chosen and rejected are the same text; remove the row")
             prompt = _UNSEEN.sub("", record["prompt"])  # which keeps the newline at its end
             context, type_name = (str(record.get(field) or "") for field in ("context", "type"))
             pairs.append(Pair(prompt, chosen, rejected, context, type_name, place))
@@ -217,6 +219,8 @@ def _read_all(source: str, hint: str) -> list[tuple[str, Records]]:
     location = {"sample": str(SAMPLE), "socratiq": SOCRATIQ}.get(source, source)
     if os.path.isdir(location):
         return _read_folder(Path(location))
+    if location.startswith(ADDRESS) and "@" in location.split("/")[2]:
+        raise UserError("an address must not hold a name or password; download the file and name that")
     if os.path.exists(location) or location.startswith(ADDRESS):
         return [(source, _read(source, location))]
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+(:[\w.-]+)?", source)

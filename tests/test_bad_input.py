@@ -159,7 +159,7 @@ SOURCES = [
     ("folder", f"folder: no data files in this folder; expected files ending in {KINDS}"),
     ("full", "full/bad.csv: no column for the context; the columns are 'a', 'b'" + COLUMNS),
     ("a/b", "a/b: no such file or folder here, and the Hub gave no data set of that name (...); check the name ..."),
-    ("http://me:pw@host/a.csv", "http://me:pw@host/a.csv: cannot be read (nonnumeric port: ...)" + UNREADABLE),
+    ("http://me:pw@host/a.csv", "an address must not hold a name or password; download the file and name that"),
     ("https://[broken/rows.csv", "https://[broken/rows.csv: cannot be read (...)" + UNREADABLE),
 ]
 
@@ -180,6 +180,7 @@ PAIRS = [  # read as rows are
     (b"\n", ": no pairs in the file; run make_pairs.py"),
     (b'{"question": "Why?", "bad": "b"}', ": no column for the prompt; the columns are ...; name one of them prompt"),
     ({**PAIR, "chosen": " \n"}, f" row 1: the chosen {EMPTY}"),
+    ({**PAIR, "chosen": "What? \u200b"}, " row 1: chosen and rejected are the same text; remove the row"),
     ({**PAIR, "rejected": 3}, " row 1: the rejected is 3 (int); write it as text"),
     ({**PAIR, "prompt": ["Ask."]}, " row 1: the prompt is ['Ask.'] (list); write it as text"),
 ]
@@ -265,6 +266,10 @@ RUNS = [
     ("SFT --model nobody/nothing", "--model nobody/nothing: no tokenizer that can be read (...); name ..."),
     ("SFT --model folder", "--model folder: the folder holds no config.json, so it is no model; run the stage before"),
     ("SFT --model pickled", f"--model {PICKLED}"),
+    (
+        "SFT --model merged/adapter",
+        "--model merged/adapter: the folder holds an adapter; name the merged model, merged",
+    ),
     ("SFT --model wordless", "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model garbled", "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model cut", "--model cut: no model that can be read (...)"),
@@ -319,6 +324,8 @@ def workshop(tmp_path_factory):
     write("long.jsonl", {**PAIR, "prompt": "word " * 2000})
     (folder / "bad.csv").write_text("context,question,type\nSome text.,,clarity\n")
     (folder / "file").write_text("precious")
+    (folder / "merged" / "adapter").mkdir(parents=True)
+    (folder / "merged" / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "folder").mkdir()
     (folder / "folder" / "thesis.txt").write_text("precious")
     Scorer.fit(load_rows(str(folder / "two.jsonl"))).save(folder / "scorer")
