@@ -110,7 +110,7 @@ def main() -> None:
                 counts[number, record["context"]] += 1
         means[name] = table / counts  # (seeds, texts, columns)
         distinct = sum(distinct_2([r["question"] for r in records[: len(tasks)]]) for records in runs) / len(runs)
-        print(f"| {name} | " + " | ".join(interval(means[name].mean(0)).T) + f" | {distinct:.2f} |")
+        print(f"| {name} | " + " | ".join(interval(means[name].mean(0))) + f" | {distinct:.2f} |")
         if len(runs) > 1:
             spread = means[name].mean(1)  # (seeds, columns)
             print(
@@ -119,17 +119,15 @@ def main() -> None:
                 + " | |"
             )
     for name in found:
-        print(f"| {name} - dpo | " + " | ".join(interval(means[name].mean(0) - means["dpo"].mean(0)).T) + " | |")
+        print(f"| {name} - dpo | " + " | ".join(interval(means[name].mean(0) - means["dpo"].mean(0))) + " | |")
 
 
-def interval(by_text: torch.Tensor):
-    """(texts, columns) -> an array of strings, mean and the middle 95% of 2,000 resamples of texts."""
-    import numpy
-
+def interval(by_text: torch.Tensor) -> list[str]:
+    """(texts, columns) -> for each column its mean and the middle 95% of 2,000 resamples of texts."""
     draw = torch.Generator().manual_seed(0)
     picks = torch.randint(len(by_text), (2000, len(by_text)), generator=draw)
     low, high = by_text[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return numpy.array([f"{m:.3f} [{a:.3f} {b:.3f}]" for m, a, b in zip(by_text.mean(0), low, high, strict=True)])
+    return [f"{m:.3f} [{a:.3f} {b:.3f}]" for m, a, b in zip(by_text.mean(0), low, high, strict=True)]
 
 
 if __name__ == "__main__":
