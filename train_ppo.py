@@ -92,6 +92,7 @@ def run_stage():
     from socratiq.prompts import decode, encode_prompt
     from socratiq.sampling import sample
     from socratiq.saving import save_policy
+    from socratiq.scorer.gates import distinct_2
     from socratiq.scorer.scorer import load_reward
     from socratiq.taxonomy import OTHERS
 
@@ -269,7 +270,7 @@ def run_stage():
             "length": mask.sum(-1).mean(),
             "learning_rate": lr,
             "updates": len(updates),
-            "distinct_2": training.distinct_2(rollout.questions),
+            "distinct_2": distinct_2(rollout.questions),
             **{f"reward/{name}": part.mean() for name, part in rollout.parts.items()},
         }
         if critic:

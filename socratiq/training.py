@@ -7,7 +7,6 @@ epoch), so that any step can be computed again from its number alone.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 
 import torch
@@ -50,13 +49,6 @@ def minibatches(rows: int, parts: int, passes: int, seed: int, step: int) -> lis
     draws = [generator(seed, "minibatches", step, epoch) for epoch in range(passes)]
     orders = [torch.randperm(rows, generator=draw).tolist() for draw in draws]
     return [order[part::parts] for order in orders for part in range(min(parts, rows))]
-
-
-def distinct_2(questions: list[str]) -> float:
-    """Share of the pairs of neighbouring words that are distinct (Li et al. 2016): low when a policy repeats itself."""
-    words = [question.lower().split() for question in questions]
-    pairs = [pair for text in words for pair in itertools.pairwise(text)]
-    return len(set(pairs)) / max(1, len(pairs))
 
 
 def perplexity(loss: float) -> float:

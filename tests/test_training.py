@@ -67,11 +67,6 @@ def test_held_out_rows_are_drawn_by_the_seed_and_keep_their_order():
     assert training.draw([5, 3], 10, 0) == [5, 3]
 
 
-def test_distinct_2_counts_pairs_of_neighbouring_words():
-    assert training.distinct_2(["why is it so", "Why is it not"]) == pytest.approx(4 / 6)
-    assert training.distinct_2(["why", ""]) == 0.0
-
-
 # --- the update, and numbers that are not finite
 
 

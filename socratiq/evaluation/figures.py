@@ -11,7 +11,8 @@ import math
 
 import torch
 
-from socratiq.evaluation.measures import distinct_2, duplicates
+from socratiq.evaluation.measures import duplicates
+from socratiq.scorer.gates import distinct_2
 
 QUESTION_MEANS = ("scorer/reward", "well_formed", "eos", "words", "relatedness")
 

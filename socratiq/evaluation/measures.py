@@ -53,15 +53,6 @@ def relatedness(question: str, context: str) -> float:
     return len(asked & {word[:4] for word in words(context)}) / len(asked) if asked else 0.0
 
 
-def distinct_2(questions: list[str]) -> float:
-    """Different word pairs / all word pairs, over all questions together (Li et al. 2016, "distinct-n").
-
-    More words mean a lower figure, so compare only sets of about the same size.
-    """
-    pairs = [pair for said in map(words, questions) for pair in zip(said, said[1:])]  # noqa: B905, RUF007
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
 def duplicates(questions: list[str]) -> float:
     """Share of the questions whose words were all said before, in the same order, by an earlier question."""
     return 1 - len({tuple(words(question)) for question in questions}) / len(questions) if questions else 0.0

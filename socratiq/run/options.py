@@ -12,10 +12,10 @@ from socratiq.run.errors import UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults except None, True and False, and for a number its kind or unit."""
+    """Shows defaults except None, True, False and tuples, and for a number its kind or unit."""
 
     def _get_help_string(self, action):
-        said = action.default is None or isinstance(action.default, bool)
+        said = action.default is None or isinstance(action.default, bool | tuple)
         return action.help if said else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):

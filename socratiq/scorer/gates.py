@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
+from itertools import pairwise
 
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: each character is a token.
 SPACELESS = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -37,6 +38,15 @@ def count_words(said: list[str]) -> float:
 def stems(text: str) -> set[str]:
     """The first four letters of its words: enough to match "argue", "argument" and "arguing"."""
     return {word[:4] for word in words(text)}
+
+
+def distinct_2(questions: list[str]) -> float:
+    """Different pairs of neighbouring words / all such pairs, over all questions together (Li et al. 2016, distinct-n).
+
+    Low when a policy repeats itself. More words mean a lower figure, so compare only sets of about the same size.
+    """
+    pairs = [pair for question in questions for pair in pairwise(words(question))]
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def ramp(x: float, low: float, high: float) -> float:
