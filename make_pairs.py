@@ -1,4 +1,4 @@
-"""Stage 2: pairs of questions about one text, one of the wanted type and one that is not, for DPO to learn from.
+"""Stage 2: pairs of questions about one text, one of the requested type and one that is not, for DPO to learn from.
 
     python make_pairs.py                                        the SFT model writes the rejected questions
     OPENAI_API_KEY=... python make_pairs.py --api-model gpt-4o-mini
@@ -8,10 +8,11 @@
 For every question of the data:
 
     (a) grade       a scorer that never saw its text gives it a strength for each type
-    (b) choose      strength >= --chosen-min for some type: it is the `chosen` one, under that recognised type
-    (c) write       the writer is asked for a question about the same text that is precisely not of that type
+    (b) choose      its strongest type reaches --chosen-min: it is the `chosen` one, under that recognised type
+    (c) write       the writer is asked for a question of another type about the same text (a server is told which type
+                    to avoid)
     (d) verify      well formed, and strength for the chosen type <= --rejected-max: `rejected` it is; otherwise the
-                    writer is asked again, the earlier attempts shown, up to --max-attempts times
+                    writer is asked for the next type (a server sees the earlier attempts), up to --max-attempts times
     (e) mirror      a rejected question that is surely of some other type is also the `chosen` one of a pair for that
                     type, and the person's question its `rejected`
 
@@ -20,18 +21,17 @@ answer is on the disk before it is used (FILE.answers.jsonl), so that the same c
 is missing and ends with the same bytes.
 
 Why mirror? People wrote the chosen questions and a machine the rejected ones, and the shortest way to tell the two
-apart is to look at who wrote them. Without mirrored pairs DPO went that way: on the embedded rows, at a learning rate
-of 3e-4, every pair was right after five updates, and after an epoch the chosen questions were 30 nats less likely than
-before, at margins of 3. A mirrored pair makes authorship worthless.
+apart is to look at who wrote them. Without mirrored pairs DPO went that way (docs/dpo.md, Results). A mirrored pair
+makes authorship worthless.
 
 Why not simply take another question of the same text? Few texts have questions of two types, and those that have would
 decide alone what DPO learns. Why grade questions that carry a label? Labels are noisy, and a pair whose chosen question
 is not of its type teaches the reverse. Rows with a human verdict (`preference`, or `label` with useful, unhelpful or
 invalid) need none of this: within a text and type, one judged good is `chosen` and one judged bad `rejected`.
 
-Nothing learns from held-out texts. SFT and the graders of (a) learn from all training texts. The saved scorer, which
-verifies in (d) and gives PPO its reward, and the judge of `socratiq.evaluate` learn from two shares of them that have
-no text in common.
+No model learns from held-out texts. SFT and the graders of (a) learn from all training texts. The saved scorer, which
+verifies in (d) and gives PPO its reward, and the judge of `socratiq.evaluate` learn from two shares of them without a
+common text (from all, if a share lacks a type).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--seed", type=cli.zero_or_more, default=0, help="seed of the split and the local writer")
     add("--max-per-question", type=cli.count, default=1, help="use each human-judged question in at most N pairs")
 
-    add = parser.add_argument_group("what is chosen and what rejected, by strength: a probability, 0 to 1").add_argument
+    add = parser.add_argument_group("thresholds of strength: a probability, 0 to 1").add_argument
     add("--chosen-min", type=strength, default=0.4, help="lowest strength of a chosen question")
     add("--rejected-max", type=strength, default=0.1, help="highest strength of a rejected question")
     add("--max-attempts", type=cli.count, default=4, help="questions asked for per row, then it is dropped")
@@ -144,7 +144,7 @@ def choose(jobs: list[Job], chosen_min: float) -> None:
         rules = {
             "labelled others": job.row.type == OTHERS,
             "the same question stands in the data before": job.key in seen,
-            "no type is strong enough (--chosen-min)": job.chosen_score < chosen_min,
+            "no type is strong enough (--chosen-min)": job.strength < chosen_min,
             f"not well formed: {ill_formed}": ill_formed,
         }
         job.dropped = next((reason for reason, holds in rules.items() if holds), "")
@@ -163,14 +163,14 @@ def verify(answered: list[tuple[Job, Answer]], scorer, rejected_max: float) -> N
         low = [fault for name, fault in GATES.items() if found.get(name, 1) < 0.5]
         if max(found.get(name, 0) for name in ("strength", "ngrams", "probe")) > rejected_max:
             low.append("still of the unwanted type")
-        job.attempts[-1] |= {"score": round(found["strength"], 4), "flaw": low[0] if low else ""}
+        job.attempts[-1] |= {"strength": round(found["strength"], 4), "flaw": low[0] if low else ""}
         job.rejected = "" if low else job.attempts[-1]["question"]
 
 
-def pair(row: Row, type_: str, chosen: str, rejected: str, split: str, writer: str, **scores) -> dict:
+def pair(row: Row, type_: str, chosen: str, rejected: str, split: str, writer: str, **figures) -> dict:
     """A line of --out: the three columns that every DPO trainer reads, then where they come from."""
     line = {"prompt": build_prompt(row.context, type_), "chosen": chosen, "rejected": rejected, "type": type_}
-    return line | {"context": row.context, "split": split, "source": row.source, "writer": writer, **scores}
+    return line | {"context": row.context, "split": split, "source": row.source, "writer": writer, **figures}
 
 
 def pairs_of(job: Job, strengths: dict[str, float], split: str, writer: str, args) -> list[dict]:
@@ -178,14 +178,14 @@ def pairs_of(job: Job, strengths: dict[str, float], split: str, writer: str, arg
 
     The same thresholds hold, and no question is rejected for the type that a person labelled it with.
     """
-    scores = {"chosen_score": round(job.chosen_score, 4), "rejected_score": job.attempts[-1]["score"]}
-    pairs = [pair(job.row, job.type, job.row.question, job.rejected, split, writer, **scores)]
+    figures = {"chosen_strength": round(job.strength, 4), "rejected_strength": job.attempts[-1]["strength"]}
+    pairs = [pair(job.row, job.type, job.row.question, job.rejected, split, writer, **figures)]
     other = max(strengths, key=strengths.get)
     own, highest = job.types.get(other, (1.0, 1.0))
     sure = strengths[other] >= args.chosen_min and highest <= args.rejected_max
     if sure and other not in (job.type, job.row.type):
-        scores = {"chosen_score": round(strengths[other], 4), "rejected_score": round(own, 4), "mirrored": True}
-        pairs.append(pair(job.row, other, job.rejected, job.row.question, split, writer, **scores))
+        figures = {"chosen_strength": round(strengths[other], 4), "rejected_strength": round(own, 4), "mirrored": True}
+        pairs.append(pair(job.row, other, job.rejected, job.row.question, split, writer, **figures))
     return pairs
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: direct preference optimisation. The model learns to prefer questions of the asked type.
+"""Stage 3: direct preference optimisation. The model learns to prefer questions of the requested type.
 
     python train_dpo.py                          # runs/sft and runs/pairs.jsonl into runs/dpo
 
@@ -6,7 +6,7 @@ Algorithm (Rafailov et al. 2023, eq. 7). For every pair of a chosen and a reject
 
     loss = - log sigmoid( beta * [ log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x) ] )
 
-with log pi(y|x) the sum over the tokens of y, and pi_ref the model as it was before this stage. One update:
+with log pi(y|x) the sum over the tokens of y, and pi_ref the model before this stage. One update:
 
  1. Pairs: the next window of the epoch's random order.
  2. Forward and backward, batch by batch.
@@ -108,9 +108,9 @@ def run_stage():
         columns = [losses, chosen_rewards, rejected_rewards, margins, (margins > 0).float(), logps[:, 0], logps[:, 1]]
         return torch.stack(columns).detach().sum(-1)
 
-    def batches(rows):
-        """These pairs, `--batch-size` at a time; of several processes each has its part of every batch."""
-        return [distributed.share(rows[i : i + args.batch_size]) for i in range(0, len(rows), args.batch_size)]
+    def batches(indices):
+        """These pairs, `--batch-size` at a time; with several processes, each takes its share of every batch."""
+        return [distributed.share(indices[i : i + args.batch_size]) for i in range(0, len(indices), args.batch_size)]
 
     # The reference, once: before its first update the policy is the reference.
     state = run.load(policy, optimizer)
@@ -134,8 +134,8 @@ def run_stage():
         return {f"eval/{name}": mean for name, mean in zip(FIGURES, means.tolist(), strict=True)}
 
     # Loop.
-    window = args.batch_size * args.accumulate
-    per_epoch = math.ceil(len(train) / window)
+    window_size = args.batch_size * args.accumulate
+    per_epoch = math.ceil(len(train) / window_size)
     steps = args.steps or args.epochs * per_epoch
     if "step" not in state and held_out:
         state["evaluation"] = evaluate()  # the first DPO loss is ln 2: policy and reference are the same
@@ -145,28 +145,28 @@ def run_stage():
 
         # 1. Pairs.
         epoch, place = divmod(step, per_epoch)
-        chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
-        chosen.sort(key=lambda i: len(prompts[i]))
-        chosen_tokens = sum(len(questions[i][0]) for i in chosen)
+        window = training.epoch_windows(len(train), window_size, args.seed, epoch)[place]
+        window.sort(key=lambda i: len(prompts[i]))
+        chosen_tokens = sum(len(questions[i][0]) for i in window)
 
         # 2. Forward and backward.
         loss, sums = 0.0, torch.zeros(len(FIGURES), device=policy.device)
-        for mine in batches(chosen):
+        for mine in batches(window):
             logps, logprobs, mask = forward(mine)
             ref_logps = reference_logps[mine]  # (B, 2): chosen and rejected, as logps
             losses, *rewards = dpo_loss(*logps.T, *ref_logps.T, args.beta, args.label_smoothing, args.loss)
             sums += figures_of(losses, *rewards, logps)
-            mb_loss = losses.sum() / len(chosen)
+            mb_loss = losses.sum() / len(window)
             if args.sft_coef:
                 mb_loss = mb_loss + args.sft_coef * sft_loss(logprobs[:, 0], mask[:, 0], total=chosen_tokens)
             mb_loss.backward()
             loss += mb_loss.item()
 
         # 3. Update.
-        means = distributed.all_sum(sums) / len(chosen)
+        means = distributed.all_sum(sums) / len(window)
         figures = dict(zip(FIGURES, means.tolist(), strict=True)) | {"loss": distributed.all_sum(loss)}
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
-        this_step, sources = f"dpo step {step + 1}", [pairs[i].source for i in chosen]
+        this_step, sources = f"dpo step {step + 1}", [pairs[i].source for i in window]
         norm = training.update(policy, optimizer, figures["loss"], lr, args.max_grad_norm, this_step, sources)
         metrics = {**figures, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
         seconds = time.perf_counter() - started
@@ -176,7 +176,7 @@ def run_stage():
         if epoch_ends and held_out:
             state["evaluation"] = evaluate()
             metrics |= state["evaluation"]
-        seen = sum(len(prompts[i]) + sum(map(len, questions[i])) for i in chosen)  # tokens
+        seen = sum(len(prompts[i]) + sum(map(len, questions[i])) for i in window)  # tokens
         progress = {"seconds": seconds, "tokens": seen, "show": {"margin": figures["rewards/margins"]}}
         run.end_step(step + 1, policy, optimizer, metrics, state, **progress, checkpoint=epoch_ends)
 

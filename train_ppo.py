@@ -7,18 +7,18 @@ Algorithm (Schulman et al. 2017; Ziegler et al. 2019 for language models). One i
 
  1. Prompts: contexts of the training split, each with a type drawn at random.
  2. Rollout: K questions a prompt, temperature 1, the full distribution.
- 3. Scores: the reward model (socratiq/scorer) gives each question one in 0..1; one without an end loses a penalty.
+ 3. Scores: the reward model (socratiq/scorer) scores each question, 0 to 1; a missing EOS costs a penalty.
  4. Old log-probs and values from the policy, log-probs from the frozen reference, by the forward that trains.
  5. Rewards per token: - kl_coef * (log pi - log pi_ref), the score added on the last. Advantages by GAE, whitened; or
     by RLOO (Ahmadian et al. 2024), scaled to unit variance.
  6. Update: a few epochs over minibatches, clipped policy loss + vf_coef * clipped value loss.
 
-Departures from the usual implementation:
+Details:
  1. Policy and value share one trunk and one forward pass. The value head is a single linear layer on the trunk's
     detached states of norm 1; its weight starts at zero, its bias at the mean of the first scores (docs/ppo.md).
  2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
  3. The K questions of a prompt share its computation, in sampling and in training (socratiq/batch.py).
- 4. Rewards are not whitened, advantages are. Dropout is off. Adam's epsilon is 1e-5.
+ 4. Advantages are whitened, rewards are not. Dropout is off. Adam's epsilon is 1e-5.
  5. An update stops early when the approximate KL from the rollout's policy exceeds --target-kl.
 """
 
@@ -36,7 +36,7 @@ def parse_arguments():
     add("--scorer", default="runs/scorer", metavar="FOLDER", help="folder of the scorer that gives the reward")
     add("--allow-bare-scorer", action="store_true", help="take a scorer without a language model, which PPO soon games")
     add("--reward", metavar="MODULE:FUNCTION", help="a reward of your own: f(contexts, questions, types) -> floats")
-    add("--missing-eos-penalty", type=options.not_negative, default=1.0, help="off the score of an unfinished question")
+    add("--missing-eos-penalty", type=options.not_negative, default=1.0, help="off a question's score if it lacks EOS")
     add = parser.add_argument_group("rollout").add_argument
     add("--batch-size", type=options.count, default=16, metavar="PROMPTS", help="prompts per iteration")
     add("--samples-per-prompt", type=options.count, default=4, metavar="K", help="questions per prompt")
@@ -53,12 +53,11 @@ def parse_arguments():
     add("--vf-coef", type=options.not_negative, default=0.1, help="weight of the value loss")
     add("--gamma", type=options.number(float, above=0, most=1), default=1.0, help="discount per token")
     add("--lam", type=options.number(float, least=0, most=1), default=0.95, help="lambda of GAE")
-    add("--kl-coef", type=options.not_negative, default=0.02, help="price of a nat of KL to the reference")
+    add("--kl-coef", type=options.not_negative, default=0.02, help="penalty per nat of KL to the reference")
     add("--kl-target", type=options.positive, metavar="NATS", help="adapt --kl-coef towards this KL per question")
     add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="a larger one adapts more slowly")
-    add(
-        "--target-kl", type=options.positive, default=0.1, metavar="NATS", help="KL per token that ends an update early"
-    )
+    early = "KL per token to the rollout's policy that ends an update early"
+    add("--target-kl", type=options.positive, default=0.1, metavar="NATS", help=early)
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     add("--eval-every", type=options.count, default=10, metavar="ITERATIONS", help="between held-out figures")
     add("--eval-prompts", type=options.count, default=32, metavar="PROMPTS", help="held-out prompts evaluated")
@@ -108,7 +107,7 @@ def run_stage():
 
     # Data: contexts only; the questions are the model's own.
     train_rows, held_out_rows = split_by_context(load_rows(args.data), args.held_out, args.seed)
-    sources = {row.context: row.source for row in reversed(train_rows)}  # where a context stands first
+    sources = {row.context: row.source for row in reversed(train_rows)}  # the first row of a context wins
     train_contexts = list(dict.fromkeys(row.context for row in train_rows))
     held_out_contexts = list(dict.fromkeys(row.context for row in held_out_rows))
 
@@ -119,16 +118,16 @@ def run_stage():
     policy.check_length(args.max_prompt_tokens + args.max_new_tokens, "--max-prompt-tokens and --max-new-tokens")
     policy.keep_reference()
     distributed.shard(policy)
-    types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS, ""})
-    reward_model, asked_types = load_reward(args, held_out_contexts, types)
+    row_types = sorted({row.type for row in train_rows + held_out_rows} - {OTHERS, ""})
+    reward_model, types = load_reward(args, held_out_contexts, row_types)
     optimizer = training.make_optimizer(policy, args.lr, eps=1e-5)
 
     def draw_tasks(contexts, count, *purpose):
         """`count` (context, type) tasks, drawn anew for each purpose; no context twice before all were used."""
-        draw = training.generator(args.seed, *purpose)
-        order = torch.cat([torch.randperm(len(contexts), generator=draw) for _ in range(-(-count // len(contexts)))])
-        types = torch.randint(len(asked_types), (count,), generator=draw).tolist()
-        return [(contexts[i], asked_types[t]) for i, t in zip(order.tolist(), types, strict=False)]
+        draw, passes = training.generator(args.seed, *purpose), math.ceil(count / len(contexts))
+        order = torch.cat([torch.randperm(len(contexts), generator=draw) for _ in range(passes)])
+        drawn_types = torch.randint(len(types), (count,), generator=draw)
+        return [(contexts[i], types[t]) for i, t in zip(order.tolist(), drawn_types.tolist(), strict=False)]
 
     def roll_out(tasks, samples, *purpose):
         """Steps 2 and 3: K = `samples` questions for each task, and their scores."""
@@ -141,13 +140,13 @@ def run_stage():
             completions = sample(policy, own, samples, args.max_new_tokens, eos_id, args.temperature, seeds)
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
-        contexts, types = zip(*[task for task in tasks for _ in range(samples)], strict=True)
-        scores, parts = reward_model(list(contexts), questions, list(types))
+        contexts, asked_for = zip(*[task for task in tasks for _ in range(samples)], strict=True)
+        scores, parts = reward_model(list(contexts), questions, list(asked_for))
         return Rollout(tasks, prompts, completions, questions, scores.view(len(tasks), samples), parts)
 
-    def batch_of(rollout, chosen):
-        """These prompts of a rollout and their questions; of several processes each has its part (`mine`), or none."""
-        mine = distributed.share(chosen)
+    def batch_of(rollout, indices):
+        """These prompts of a rollout, and their questions; with several processes each takes its share, or none."""
+        mine = distributed.share(indices)
         prompts, completions = [rollout.prompts[b] for b in mine], [rollout.completions[b] for b in mine]
         batch = make_batch(prompts or [[0]], completions or [[[]] * args.samples_per_prompt])
         return mine, batch.to(policy.device)
@@ -158,7 +157,7 @@ def run_stage():
         for i in picked:
             (context, type_name), question = rollout.tasks[i // rollout.scores.shape[1]], rollout.questions[i]
             score = round(rollout.scores.flatten()[i].item(), 4)
-            run.sample(step=step, split=split, type=type_name, context=context, question=question, score=score)
+            run.log_sample(step=step, split=split, type=type_name, context=context, question=question, score=score)
             lines.append(f"step {step:3d}  score {score:.2f}  {type_name}: {' '.join(question.split())[:200]}")
         return lines
 
@@ -198,31 +197,31 @@ def run_stage():
                 policy.value_head.bias.fill_(scores.mean().item())  # the critic begins as the constant baseline
         old = {name: torch.zeros_like(mask) for name in ("logprobs", "values", "entropy", "ref_logprobs")}
         with torch.no_grad():
-            for chosen in torch.arange(len(tasks)).split(prompts_per_forward):
-                mine, batch = batch_of(rollout, chosen.tolist())
+            for part in torch.arange(len(tasks)).split(prompts_per_forward):
+                mine, batch = batch_of(rollout, part.tolist())
                 found = token_logprobs(policy, batch, args.temperature, watch=True)
                 with policy.reference():
                     found["ref_logprobs"] = token_logprobs(policy, batch, args.temperature)["logprobs"]
                 for name, x in found.items():
                     old[name][mine, :, : x.shape[-1]] = x[: len(mine)]
-        old = {name: distributed.all_sum(x) for name, x in old.items()}  # each process had its rows, the rest was zero
+        old = {name: distributed.all_sum(x) for name, x in old.items()}  # zeros but for each process's own prompts
 
         # 5. Rewards and advantages.
         rewards = losses.shape_rewards(scores, old["logprobs"], old["ref_logprobs"], mask, kl_control.value)
         if critic:
             advantages, returns = losses.gae(rewards, old["values"], mask, args.gamma, args.lam)
         else:
-            advantages = returns = losses.rloo(rewards, mask)
+            advantages = returns = losses.rloo(rewards, mask)  # no critic, so no returns: they are not used
         training.check_finite({"the sum of the advantages": advantages.sum().item()}, this_step, names)
         advantages = losses.whiten(advantages, mask, shift_mean=critic)  # RLOO's are centred per prompt: scale only
 
         # 6. Update.
         lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)
         updates = []
-        for chosen in training.minibatches(len(tasks), args.minibatches, args.ppo_epochs, args.seed, step):
-            mb_tokens = sum(len(ids) for b in chosen for ids in rollout.completions[b])
-            mine, batch = batch_of(rollout, chosen)
-            mb_mask = batch.mask  # (b, K, C), as the tensors of a rollout that begin with mb_
+        for minibatch in training.minibatches(len(tasks), args.minibatches, args.ppo_epochs, args.seed, step):
+            mb_tokens = sum(len(ids) for b in minibatch for ids in rollout.completions[b])
+            mine, batch = batch_of(rollout, minibatch)
+            mb_mask = batch.mask  # (b, K, C) for the minibatch's b prompts, like all that begin with mb_
             of_rollout = (old["logprobs"], advantages, old["values"], returns)
             mb_old, mb_advantages, mb_values, mb_returns = (x[mine or [0], :, : mb_mask.shape[-1]] for x in of_rollout)
             new = token_logprobs(policy, batch, args.temperature)
@@ -245,7 +244,7 @@ def run_stage():
             if not updates:  # before the first step the ratio is 1, so this is rounding
                 ratio_error = ((ratio - 1).abs() * mb_mask).max().item()
             figures = distributed.all_sum({**figures, "loss": loss.detach()})
-            mb_loss, mb_names = float(figures.pop("loss")), [names[b] for b in chosen]
+            mb_loss, mb_names = float(figures.pop("loss")), [names[b] for b in minibatch]
             norm = training.update(policy, optimizer, mb_loss, lr, args.max_grad_norm, this_step, mb_names)
             updates.append({**figures, "grad_norm": norm})
             if figures["policy/approxkl"] > args.target_kl:
@@ -275,7 +274,7 @@ def run_stage():
         }
         if critic:
             metrics["val/explained_variance"] = losses.explained_variance(old["values"], returns, mask)
-        if args.kl_target:
+        if args.kl_target:  # without it the coefficient stays
             kl_control.update(kl, samples=raw_scores.numel())
         if held_out_contexts and ((step + 1) % args.eval_every == 0 or step + 1 == args.steps):
             state["last"] = evaluate(step + 1)

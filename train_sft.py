@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning. A language model learns to answer the prompt with a question of the asked type.
+"""Stage 1: supervised fine-tuning. A language model learns to answer the prompt with a question of the requested type.
 
     python train_sft.py                          # smollm2 on the rows that ship, into runs/sft
     python train_sft.py --data rows.csv --steps 20
@@ -20,8 +20,8 @@ Departures from the plainest SFT:
  2. Rows are laid end to end, without padding (socratiq/batch.py); inside an update they are sorted by length.
  3. The head runs on question positions only.
  4. Rows labelled "others" are left out.
- 5. The last epoch is saved, though the loss on held-out rows rises after the first or second: questions go on improving
-    (docs/sft.md; so do Ouyang et al. 2022, section 3.5, with 16 epochs).
+ 5. The final weights are saved, though the loss on held-out rows rises after the first or second epoch: the questions
+    keep improving (docs/sft.md). Ouyang et al. 2022, section 3.5, also train on, for 16 epochs.
 """
 
 from socratiq.engine import distributed
@@ -91,9 +91,9 @@ def run_stage():
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
 
-    def batch_of(chosen):
-        """The batch of these row indices; of several processes each has its part."""
-        mine = distributed.share(chosen)
+    def batch_of(indices):
+        """The batch of these rows; with several processes, each takes its share."""
+        mine = distributed.share(indices)
         # A process without rows still has to run the model: on a prompt without a question.
         batch = make_batch([prompts[i] for i in mine] or [[0]], [[questions[i]] for i in mine] or [[[]]])
         return batch.to(policy.device)
@@ -108,8 +108,8 @@ def run_stage():
         return distributed.all_sum(loss)
 
     # Loop.
-    window = args.batch_size * args.accumulate
-    per_epoch = math.ceil(len(train) / window)
+    window_size = args.batch_size * args.accumulate
+    per_epoch = math.ceil(len(train) / window_size)
     steps = args.steps or args.epochs * per_epoch
     state = run.load(policy, optimizer)
     if not state and held_out:
@@ -120,14 +120,14 @@ def run_stage():
 
         # 1. Rows.
         epoch, place = divmod(step, per_epoch)
-        chosen = training.epoch_windows(len(train), window, args.seed, epoch)[place]
-        chosen.sort(key=lambda i: lengths[i])
-        tokens = sum(len(questions[i]) for i in chosen)
+        window = training.epoch_windows(len(train), window_size, args.seed, epoch)[place]
+        window.sort(key=lambda i: lengths[i])
+        tokens = sum(len(questions[i]) for i in window)
 
         # 2. Forward and backward.
         loss = 0.0
-        for start in range(0, len(chosen), args.batch_size):
-            batch = batch_of(chosen[start : start + args.batch_size])
+        for start in range(0, len(window), args.batch_size):
+            batch = batch_of(window[start : start + args.batch_size])
             logprobs = token_logprobs(policy, batch)["logprobs"]  # (B, 1, C)
             mb_loss = sft_loss(logprobs, batch.mask, total=tokens)
             mb_loss.backward()
@@ -136,7 +136,7 @@ def run_stage():
         # 3. Update.
         loss = distributed.all_sum(loss)
         lr = training.learning_rate(step, steps, math.ceil(args.warmup * steps), args.lr)
-        sources = [rows[i].source for i in chosen]
+        sources = [rows[i].source for i in window]
         norm = training.update(policy, optimizer, loss, lr, args.max_grad_norm, f"sft step {step + 1}", sources)
         metrics = {"loss": loss, "learning_rate": lr, "grad_norm": norm, "epoch": (step + 1) / per_epoch}
         seconds = time.perf_counter() - started
@@ -146,7 +146,7 @@ def run_stage():
         if epoch_ends and held_out:
             state["last_loss"] = evaluate()
             metrics |= {"eval/loss": state["last_loss"], "eval/perplexity": training.perplexity(state["last_loss"])}
-        progress = {"seconds": seconds, "tokens": sum(lengths[i] for i in chosen), "show": {"loss": loss}}
+        progress = {"seconds": seconds, "tokens": sum(lengths[i] for i in window), "show": {"loss": loss}}
         run.end_step(step + 1, policy, optimizer, metrics, state, **progress, checkpoint=epoch_ends)
 
     save_policy(policy, tokenizer, run.out, args.model)

@@ -1,4 +1,4 @@
-"""One prompt and its K completions side by side, rows laid end to end, no padding anywhere.
+"""One prompt and its K completions side by side, rows laid end to end: the model runs no padding.
 
 A row is one prompt and the K completions that hang on it (SFT K=1, DPO K=2, PPO K=samples per prompt). The prompt is
 run once, however many completions follow:
@@ -7,10 +7,10 @@ run once, however many completions follow:
     token       p p p p p   a a E   b E       E = end of sequence
     position    0 1 2 3 4   5 6 7   5 6       both completions continue after the prompt
     sees        prompt      prompt,a  prompt,b   (causal, and never the sibling)
-    scored at   . . . . .   4 5 6   4 8       index of the hidden state that predicts the token
+    read        . . . . .   4 5 6   4 8       index of the hidden state that predicts the token
 
-The B rows of a batch stand one behind the other in a single sequence of N tokens. All prompts begin with the same
-instruction, a quarter of a typical prompt: it stands in front, once, and every row sees it. Projections, norms and MLP,
+The B rows of a batch follow each other in a single sequence of N tokens. All prompts begin with the same
+instruction, a quarter of a typical prompt: it comes first, once, and every row sees it. Projections, norms and MLP,
 nearly all of a transformer's time, work on tokens one by one and so run without padding. Attention, the only part in
 which tokens meet, runs row by row. The language-model head runs on the scored positions alone.
 """
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 
 class Rows(NamedTuple):
-    """Where the rows stand in the sequence of N tokens: N = shared + sum(lengths)."""
+    """Where the rows are in the sequence of N tokens: N = shared + sum(lengths)."""
 
     shared: int  # tokens of the common start, which every row sees
     lengths: list[int]  # tokens of each row behind the common start
@@ -106,7 +106,7 @@ def common_start(prompts: list[list[int]]) -> int:
 
 
 def sibling_mask(prompt: int, completions: list[int]) -> torch.Tensor:
-    """(L, L) of one row, True where it may look: causal, no completion sees another. L = prompt + sum(completions)."""
+    """(S, S) of one row, True where it may look: causal, no completion sees another. S = prompt + sum(completions)."""
     owner = torch.tensor([0] * prompt + [k + 1 for k, length in enumerate(completions) for _ in range(length)])
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()
     return causal & ((owner[:, None] == owner[None, :]) | (owner[None, :] == 0))  # own tokens, or the prompt

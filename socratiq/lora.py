@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, eq. 3): W x becomes W x + (alpha / r) B A x, with W frozen and A, B trained.
 
-A starts random, B at zero, so that the adapted model begins as the base model. Switching the adapters off gives the
-base model back: that is the frozen reference of DPO and PPO, at no memory.
+A starts random, B at zero, so the adapted model begins as the base model. A stage is saved with its adapters merged,
+so switching new ones off gives the model that the next stage began with: PPO's frozen reference, at no memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ROUTERS = ("gate", "router")  # of a mixture of experts: they choose, and are left as they were trained
+ROUTERS = ("gate", "router")  # of a mixture of experts: frozen, without adapters
 
 
 class LoRALinear(nn.Module):
@@ -22,9 +22,8 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, alpha: float):
         super().__init__()
         self.base = base.requires_grad_(False)
-        start = nn.init.kaiming_uniform_(
-            torch.empty(rank, base.in_features), a=math.sqrt(5)
-        )  # drawn on the CPU: the same start on every device
+        # As nn.Linear and PEFT begin, drawn on the CPU: the same start on every device.
+        start = nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=math.sqrt(5))
         self.lora_A = nn.Parameter(start.to(base.weight.device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))  # (out, r)
         self.scale = alpha / rank

@@ -1,6 +1,6 @@
-"""Every formula of the project, as pure functions of tensors: no model, no tokenizer, no configuration, no state.
+"""The formulas of the three losses as pure functions of tensors: no model, no tokenizer, no configuration.
 
-Read it from top to bottom, in the order in which a model meets the formulas:
+Read it from top to bottom, in the order in which a training run uses the formulas:
 
     masks         masked_mean, masked_var, whiten
     log-probs     gather_logprobs, sequence_logps, entropy
@@ -11,14 +11,15 @@ Read it from top to bottom, in the order in which a model meets the formulas:
 
 These rules hold everywhere:
 
-- Time is the last dimension; everything before it broadcasts: (T,), (B, T) and (B, K, T) all work.
+- Time is the last dimension (of logits the last but one). What stands before it broadcasts: (T,), (B, T) and (B, K, T)
+  all work.
 - `mask` is 1 on completion tokens, EOS included, and 0 elsewhere. Values where it is 0 never matter, NaN and infinity
   included: they are overwritten *before* any arithmetic, which keeps results and gradients clean.
   (Multiplying by the mask afterwards would fail: 0 * NaN is NaN.) A mask without a single 1 gives 0.
 - Sums are taken in float32 or wider: half precision is raised to float32, float64 stays.
-- Losses are scalars, and means over *all* tokens of the batch, not means of row means. `total` replaces the number of
-  tokens in the denominator. Give it the tokens of the whole accumulation window (and of all devices): the parts then
-  add up to exactly the loss of one large batch.
+- The losses of SFT and PPO are scalars: means over *all* tokens of the batch, not means of the completions' means.
+  (DPO has one loss for each pair.) `total` replaces the number of tokens in the denominator. Give it the tokens of the
+  whole accumulation window (and of all devices): the parts then add up to exactly the loss of one large batch.
 
 Papers: DPO, Rafailov et al. 2023 (arXiv 2305.18290). cDPO, Mitchell 2023 ("A note on DPO with noisy preferences").
 IPO, Azar et al. 2023 (2310.12036). SLiC, Zhao et al. 2023 (2305.10425). PPO, Schulman et al. 2017 (1707.06347).
@@ -38,7 +39,7 @@ def masked_mean(x, mask, total=None):
 
     x, mask (..., T) -> scalar. Differentiable in x. `total`, a number or a scalar tensor, replaces sum_t m_t.
     """
-    x, mask = torch.broadcast_tensors(_wide(x), mask.bool())  # a mask shared by all rows counts once per row
+    x, mask = torch.broadcast_tensors(_wide(x), mask.bool())  # a broadcast mask counts once per copy
     total = torch.as_tensor(mask.sum() if total is None else total).to(x.dtype)  # may be a number: no device sync
     return _masked(x, mask).sum() / total.masked_fill(total == 0, 1)
 
@@ -92,8 +93,8 @@ def gather_logprobs(logits, tokens):
     """
     logits = _wide(logits)
     shape = torch.broadcast_shapes(logits.shape[:-1], tokens.shape)
-    chosen = logits.expand(*shape, -1).gather(-1, tokens.expand(shape).unsqueeze(-1)).squeeze(-1)
-    return chosen - logits.logsumexp(-1)
+    z_y = logits.expand(*shape, -1).gather(-1, tokens.expand(shape).unsqueeze(-1)).squeeze(-1)
+    return z_y - logits.logsumexp(-1)
 
 
 def sequence_logps(logprobs, mask, average=False):
@@ -201,7 +202,8 @@ def kl_estimate(logprobs, ref_logprobs, kind="k1", mask=None):
 
 
 class AdaptiveKL:
-    """A controller that moves the KL coefficient until the KL meets its target, Ziegler et al. 2019, sec. 2.2:
+    """A controller that moves the KL coefficient until the KL meets its target, Ziegler et al. 2019, sec. 2.2 (with
+    samples / horizon, as in their code, in the place of the paper's constant K_beta):
 
         e = clip(KL / target - 1, -0.2, 0.2)        coefficient <- coefficient * (1 + e * samples / horizon)
 
@@ -223,7 +225,7 @@ class AdaptiveKL:
 
 
 def missing_eos_penalty(scores, tokens, mask, eos_id, penalty):
-    """score - penalty for a completion without EOS, score for one that has it. Huang et al. 2024.
+    """score - penalty for a completion without EOS, score for one that has it. (Huang et al. 2024 put -1 in its place.)
 
     scores (...,), tokens and mask (..., T) -> (...,). Only masked tokens are searched: padding is often the same token.
     Without the penalty a completion cut off at the limit would score like a finished one.
@@ -239,7 +241,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     Ziegler et al. 2019 eq. 2, spread over the tokens (k1 adds up to the log-ratio of the whole completion).
 
     scores (...,), the rest (..., T) -> (..., T), 0 where mask is 0. The score lands on the last masked token, which is
-    EOS if there is one; a row without tokens gets none. Detached: rewards are constants of the policy gradient.
+    EOS if there is one; an empty completion gets none. Detached: rewards are constants of the policy gradient.
     """
     mask = mask.bool()
     tokens_left = mask.flip(-1).cumsum(-1).flip(-1)  # number of tokens from t to the end, t included
@@ -279,7 +281,7 @@ def rloo(rewards, mask):
 
         R_k = sum_t m_t r_t                     A_k = R_k - 1/(K - 1) sum_{j != k} R_j         the same at every token
 
-    Ahmadian et al. 2024 eq. 6 and 7, Kool et al. 2019. A completion is one action, and R_k includes its KL penalty
+    Kool et al. 2019; Ahmadian et al. 2024. A completion is one action, and R_k includes its KL penalty
     (shape_rewards). GRPO's advantage is the same divided by the standard deviation of the K returns, up to a constant.
 
     rewards, mask (..., K, T) -> advantages (..., K, T), not whitened, 0 where mask is 0. Detached: constants of the

@@ -36,7 +36,7 @@ class Policy(nn.Module):
     def __init__(self, lm: nn.Module, value_head: bool = False, autocast: bool = False):
         super().__init__()
         self.lm = lm
-        # Starts at zero: the first values say nothing, and the trunk is not pulled by a random head.
+        # Starts at zero: every first value is the bias, which train_ppo.py sets to the mean score.
         self.value_head = nn.Linear(lm.config.hidden_size, 1) if value_head else None
         if value_head:
             nn.init.zeros_(self.value_head.weight)
@@ -59,7 +59,7 @@ class Policy(nn.Module):
         return self.twins.get(plain, plain)
 
     def hidden(self, input_ids, position_ids, attend, read) -> torch.Tensor:
-        """Final hidden states (M, H) at the positions `read` (M,) of a sequence of N tokens.
+        """Final hidden states (M, H) at the indices `read` (M,) of a sequence of N tokens.
 
         input_ids, position_ids (N,); attend(layer, q, k, v, scale) says which of them see each other.
         """
@@ -88,7 +88,7 @@ class Policy(nn.Module):
             lora.enable(trained, True)
 
     def check_length(self, tokens: int, what: str) -> None:
-        """Raise UserError if a sequence of so many tokens is longer than the model was made for.
+        """Raise UserError if a sequence of that many tokens is longer than the model was made for.
 
         A sliding window, chunked attention and a rotary embedding that switches its factors change what a long sequence
         sees; this project implements none of them, so the sequence has to end before.
@@ -117,16 +117,17 @@ def token_logprobs(
     Returns "logprobs" (B, K, C) float32, 0 where the mask is 0, and in the same shape "values" if the policy has a
     value head and the "entropy" of each distribution, without gradients, if it is to be watched.
     """
-    completion = batch.mask.bool()
+    scored = batch.mask.bool()
     attend = policy.twin(RowAttention)(batch.rows)
     with policy.precision():
         hidden = policy.hidden(batch.input_ids, batch.position_ids, attend, batch.read)  # (M, H)
-        found = policy.twin(head_logprobs)(policy.lm.lm_head, hidden, batch.tokens[completion], temperature, watch)
+        found = policy.twin(head_logprobs)(policy.lm.lm_head, hidden, batch.tokens[scored], temperature, watch)
     if policy.value_head is not None:
-        # States of norm 1: at smollm2's norm of 43 one step of Adam moves V by more than all rewards. Detached: a
-        # critic that foresees nothing must not pull the trunk.
+        # States of norm 1: at smollm2's norm of about 43 a step of Adam, which moves each weight by the learning rate,
+        # would move V by more than the whole range of rewards. Detached: a critic that predicts nothing must not
+        # change the trunk.
         found["values"] = policy.value_head(F.normalize(hidden.detach().float(), dim=-1)).squeeze(-1)  # (M,)
-    return {name: torch.zeros_like(batch.mask).masked_scatter(completion, x) for name, x in found.items()}  # (B, K, C)
+    return {name: torch.zeros_like(batch.mask).masked_scatter(scored, x) for name, x in found.items()}  # (B, K, C)
 
 
 def head_logprobs(lm_head, hidden, tokens, temperature: float, watch: bool) -> dict[str, torch.Tensor]:

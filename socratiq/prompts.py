@@ -26,12 +26,12 @@ def build_prompt(context: str, type: str) -> str:
 def encode_prompt(tokenizer, context: str, type: str, max_tokens: int) -> list[int]:
     """Token ids of the prompt, at most `max_tokens` of them: a long context loses its own tail, never the template.
 
-    One BOS stands in front if this tokenizer adds one by itself. Raises UserError if the template alone is too long.
+    One BOS comes first if this tokenizer adds one. Raises UserError if the template alone is too long.
     """
     text = build_prompt(context, type)
     prompt = bos(tokenizer) + plain_ids(tokenizer, text)
     kept = len(context)
-    while len(prompt) > max_tokens:  # cutting text, not ids, keeps the tokens the ones this text always has
+    while len(prompt) > max_tokens:  # cut the text, not the ids: what is left is tokenised as usual
         if kept == 0:
             raise UserError(
                 f"--max-prompt-tokens {max_tokens}: the template alone takes {len(prompt)} tokens; allow more than that"

@@ -45,11 +45,11 @@ def sample(
     uniforms = torch.stack([torch.rand(samples_per_prompt, max_new_tokens, generator=stream) for stream in streams])
     # Under one autocast for all tokens each weight is cast to bfloat16 once, not once per token.
     with torch.no_grad(), policy.precision():
-        found = policy.twin(decode_all)(policy, prompts, uniforms.to(policy.device), eos_id, temperature)
+        found = policy.twin(generate)(policy, prompts, uniforms.to(policy.device), eos_id, temperature)
     return [found[b * samples_per_prompt : (b + 1) * samples_per_prompt] for b in range(len(prompts))]
 
 
-def decode_all(policy: Policy, prompts: list[list[int]], uniforms, eos_id: int, temperature: float) -> list[list[int]]:
+def generate(policy: Policy, prompts: list[list[int]], uniforms, eos_id: int, temperature: float) -> list[list[int]]:
     """Run the prompts, then draw one token a step for every living sample. uniforms (B, K, T) -> B * K completions."""
     uniforms = uniforms.flatten(0, 1)  # (B*K, T)
     count, max_new_tokens = uniforms.shape

@@ -1,6 +1,6 @@
 """What the three training loops share: optimiser, schedule, order of the rows, one update.
 
-Nothing here knows a loss. Every random draw comes from a generator seeded with (seed, purpose, number of the step or
+No loss is computed here. Every random draw comes from a generator seeded with (seed, purpose, number of the step or
 epoch), so that any step can be computed again from its number alone.
 """
 
@@ -56,15 +56,15 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if not loss > 700 else math.inf
 
 
-def update(policy, optimizer, loss: float, lr: float, max_grad_norm: float, step: str, rows: list[str]) -> float:
+def update(policy, optimizer, loss: float, lr: float, max_grad_norm: float, label: str, sources: list[str]) -> float:
     """Clip the gradient to `max_grad_norm`, step the optimiser, clear the gradient -> the norm before clipping.
 
-    Raises UserError, before the weights change, if the loss or the gradient is not finite. `step` ("sft step 3") and
-    `rows` ("data.csv row 7", ...) are for that message.
+    Raises UserError, before the weights change, if the loss or the gradient is not finite. `label` ("sft step 3")
+    and `sources` ("data.csv row 7", ...) are for that message.
     """
     norm = torch.nn.utils.clip_grad_norm_(policy.trainable().values(), max_grad_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # a sharded model's is spread as well
-    check_finite({"loss": loss, "gradient norm": norm}, step, rows)
+    check_finite({"loss": loss, "gradient norm": norm}, label, sources)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -72,13 +72,13 @@ def update(policy, optimizer, loss: float, lr: float, max_grad_norm: float, step
     return norm
 
 
-def check_finite(numbers: dict[str, float], step: str, rows: list[str]) -> None:
-    """Raise UserError, naming the step and the rows, if one of the numbers is NaN or infinite."""
+def check_finite(numbers: dict[str, float], label: str, sources: list[str]) -> None:
+    """Raise UserError, naming the step and the sources of its rows, if one of the numbers is NaN or infinite."""
     bad = [f"{name} is {number:g}" for name, number in numbers.items() if not math.isfinite(number)]
     if bad:
-        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
         raise UserError(
-            f"{step}: {', '.join(bad)}; the rows were {', '.join(rows[:8])}{more}; the weights are as before"
+            f"{label}: {', '.join(bad)}; the rows were {', '.join(sources[:8])}{more}; the weights are as before"
         )
 
 

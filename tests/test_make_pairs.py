@@ -36,10 +36,10 @@ def strengths(*values, highest=None):
     return dict(zip(TYPES, zip(values, highest or values, strict=True), strict=True))
 
 
-def clarity(number=0, chosen_score=0.9, label="Clarity"):
+def clarity(number=0, chosen_strength=0.9, label="Clarity"):
     context = f"Text number {number} says that dogs are the better cats because they come when they are called."
     row = Row(context, "What do you mean by a better cat?", label, f"rows.csv row {number}")
-    return Job(row, strengths(0.1, chosen_score, 0.1))
+    return Job(row, strengths(0.1, chosen_strength, 0.1))
 
 
 def test_choose():
@@ -55,7 +55,7 @@ def test_choose():
     jobs = [Job(row, strengths(*values)) for row, values in rows]
     make_pairs.choose(jobs, 0.4)
     assert [job.type for job in jobs if not job.dropped] == ["Analogy", "Clarity", "Clarity"]
-    assert jobs[0].chosen_score == 0.8
+    assert jobs[0].strength == 0.8
     assert "stands in the data before" in jobs[3].dropped
     assert jobs[4].dropped == "labelled others"
     assert jobs[5].dropped == "not well formed: not a question"
@@ -99,7 +99,7 @@ def test_verify(answer, flaw):
     job, other = clarity(), clarity(1)
     make_pairs.verify([(job, answer), (other, Answer(GOOD))], CueScorer(), 0.25)
     assert job.attempts[0]["flaw"] == flaw and bool(job.rejected) == (not flaw) and not job.dropped
-    assert other.rejected == GOOD and other.attempts[0]["score"] == 0.1
+    assert other.rejected == GOOD and other.attempts[0]["strength"] == 0.1
     if flaw:
         make_pairs.verify([(job, answer)], CueScorer(), 0.25)
         assert job.without_pair()["reason"] == f"no rejected question: {flaw}" and len(job.attempts) == 2
@@ -109,14 +109,15 @@ def test_pairs_that_can_be_mirrored():
     def pairs(*given, found=(0.8, 0.1, 0.1), own=(0.05, 0.9, 0.1), highest=None, label="Clarity"):
         job = clarity(label=label)
         job.types, job.rejected = strengths(*own, highest=highest), GOOD
-        job.attempts = [{"question": GOOD, "score": 0.1, "flaw": "", "type": "Fear appeal"}]
+        job.attempts = [{"question": GOOD, "strength": 0.1, "flaw": "", "type": "Fear appeal"}]
         return make_pairs.pairs_of(job, dict(zip(TYPES, found, strict=True)), "train", "local", arguments(*given))
 
     plain, turned = pairs()
     assert "in the format Analogy" in turned["prompt"] and turned["type"] == "Analogy" and turned["mirrored"]
-    assert "in the format Clarity" in plain["prompt"] and (plain["chosen_score"], plain["rejected_score"]) == (0.9, 0.1)
-    assert (turned["chosen"], turned["chosen_score"]) == (GOOD, 0.8) and plain["rejected"] == GOOD
-    assert (turned["rejected"], turned["rejected_score"]) == (plain["chosen"], 0.05)
+    assert "in the format Clarity" in plain["prompt"]
+    assert (plain["chosen_strength"], plain["rejected_strength"]) == (0.9, 0.1)
+    assert (turned["chosen"], turned["chosen_strength"]) == (GOOD, 0.8) and plain["rejected"] == GOOD
+    assert (turned["rejected"], turned["rejected_strength"]) == (plain["chosen"], 0.05)
     assert pairs(found=(0.39, 0.1, 0.1)) == [plain], "the rejected question is not surely of another type"
     assert pairs(found=(0.1, 0.8, 0.1)) == [plain], "it is of the chosen question's"
     assert len(pairs(own=(0.3, 0.9, 0.1))) == 1, "the chosen question is of that type too"
@@ -287,7 +288,7 @@ def test_the_pairs_file(reference):
         assert list(pair)[:5] == ["prompt", "chosen", "rejected", "type", "context"]
         assert pair["prompt"] == build_prompt(pair["context"], pair["type"])
         assert pair["chosen"] != pair["rejected"]
-        assert pair["chosen_score"] >= 0.4 and pair["rejected_score"] <= 0.1
+        assert pair["chosen_strength"] >= 0.4 and pair["rejected_strength"] <= 0.1
         assert pair["writer"] == "openai:gpt-4o-mini"
     assert len(requests) > len(pairs) - len(turned), "some were asked for twice"
     contexts = {split: {p["context"] for p in pairs if p["split"] == split} for split in ("train", "held_out")}

@@ -72,7 +72,7 @@ def runs(tmp_path):
     for stage in STAGES:
         make_run(tmp_path, stage, rows, samples=[{"step": step, **sample} for step in range(9)])
     pair = {"prompt": "p", "chosen": "Good?", "rejected": "Bad?", "type": "Clarity", "context": "A text."}
-    write(tmp_path / "pairs.jsonl", *[pair | {"chosen_score": 0.9, "rejected_score": 0.1}] * 5)
+    write(tmp_path / "pairs.jsonl", *[pair | {"chosen_strength": 0.9, "rejected_strength": 0.1}] * 5)
     write(tmp_path / "pairs.dropped.jsonl", {"reason": "labelled others"})
     write(tmp_path / "evaluation.json", evaluation())
     return tmp_path
@@ -130,7 +130,7 @@ def test_hostile_text_stays_text(tmp_path):
         sample = {"split": "held_out", "type": HOSTILE, "context": HOSTILE, "question": HOSTILE, "score": HOSTILE}
         make_run(tmp_path, stage, rows, samples=[{"step": HOSTILE, **sample}], data=HOSTILE, lr=HOSTILE, **{HOSTILE: 1})
     make_run(tmp_path, "ppo", [{"step": 1}], name='x" onload="alert(3)')
-    write(tmp_path / "pairs.jsonl", {"chosen": HOSTILE, "rejected": HOSTILE, "type": HOSTILE, "chosen_score": HOSTILE})
+    write(tmp_path / "pairs.jsonl", dict.fromkeys(("chosen", "rejected", "type", "chosen_strength"), HOSTILE))
     write(tmp_path / "pairs.dropped.jsonl", {"reason": HOSTILE})
     write(tmp_path / "evaluation.json", evaluation(HOSTILE, HOSTILE, HOSTILE))
     html = page.build(tmp_path)
@@ -140,7 +140,7 @@ def test_hostile_text_stays_text(tmp_path):
     assert any("alert(1)" in text for text in found.texts)  # shown, as text
 
 
-names = st.sampled_from(["step", "loss", "type", "context", "question", "split", "score", "chosen_score", "x"])
+names = st.sampled_from(["step", "loss", "type", "context", "question", "split", "score", "chosen_strength", "x"])
 plain = st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8)
 values = plain | st.lists(plain, max_size=2) | st.dictionaries(st.text(max_size=4), plain, max_size=2)
 lines = st.lists(st.dictionaries(names, values), max_size=4)

@@ -193,7 +193,7 @@ def test_a_folder_that_is_removed_during_the_run_is_told_in_one_line(tmp_path, c
     def sample():
         for run, _ in unended_steps(tmp_path / "out"):
             shutil.rmtree(run.out)
-            run.sample(question="Why?")
+            run.log_sample(question="Why?")
 
     for function, name in ((step, "metrics.jsonl"), (sample, "samples.jsonl")):
         assert ended(function, capsys) == 2

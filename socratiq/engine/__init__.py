@@ -14,12 +14,12 @@ def speed_up(policy, device) -> None:
     from socratiq.batch import RowAttention
     from socratiq.engine import attention, cache, fused, head, packed, padding
     from socratiq.policy import head_logprobs
-    from socratiq.sampling import Cache, decode_all
+    from socratiq.sampling import Cache, generate
 
     fused.fuse(policy.lm)
     policy.twins[head_logprobs] = head.in_chunks
     if device.type == "cpu":
-        policy.twins |= {RowAttention: attention.ShortRows, decode_all: packed.decode_all}
+        policy.twins |= {RowAttention: attention.ShortRows, generate: packed.generate}
         if policy.autocast:
             policy.hidden = types.MethodType(padding.padded_hidden, policy)
     else:

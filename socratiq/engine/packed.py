@@ -1,4 +1,4 @@
-"""Twin of sampling.decode_all for a CPU: weights are packed once, in the order in which oneDNN multiplies few rows.
+"""Twin of sampling.generate for a CPU: weights are packed once, in the order in which oneDNN multiplies few rows.
 
 A plain product of few rows spends much of its time on bringing the weight into that order, at every token anew. The
 price is a copy of the weights while sampling.
@@ -14,10 +14,10 @@ from torch import nn
 from socratiq import sampling
 
 
-def decode_all(policy, prompts: list[list[int]], uniforms, eos_id: int, temperature: float) -> list[list[int]]:
-    """sampling.decode_all with packed weights."""
+def generate(policy, prompts: list[list[int]], uniforms, eos_id: int, temperature: float) -> list[list[int]]:
+    """sampling.generate with packed weights."""
     with packed(policy.lm, rows=len(prompts) * uniforms.shape[1]):
-        return sampling.decode_all(policy, prompts, uniforms, eos_id, temperature)
+        return sampling.generate(policy, prompts, uniforms, eos_id, temperature)
 
 
 @contextlib.contextmanager

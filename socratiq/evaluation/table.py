@@ -28,7 +28,7 @@ FIGURES = {
     "distinct_2": Figure("distinct-2", 1, True, "different word pairs / word pairs, over all questions"),
     "duplicates": Figure("duplicates", -1, True, "questions that were asked before, word for word"),
     "base_perplexity": Figure("perplexity", -1, False, "per token, under the base model: low is fluent"),
-    "api/type": Figure("type, API", 1, False, "1 to 5 by an API model: is it of the asked type?"),
+    "api/type": Figure("type, API", 1, False, "1 to 5 by an API model: is it of the requested type?"),
     "api/relevance": Figure("relevance, API", 1, False, "1 to 5 by an API model: is it about this very text?"),
     "api/quality": Figure("quality, API", 1, False, "1 to 5 by an API model: is it clear, fluent and critical?"),
 }
@@ -89,7 +89,7 @@ def shown(entry: dict | None, name: str, span: bool = True) -> str:
 
 def samples(result: dict, count: int = 3) -> str:
     """The questions of all stages about a few texts, one type each: the first answer, with the judge's strength."""
-    lines = ["Questions, unpicked, and the judge's probability that each is of the asked type:"]
+    lines = ["Questions, unpicked, and the judge's probability that each is of the requested type:"]
     for number, context in enumerate(result["contexts"][:count]):
         asked = number, result["types"][number % len(result["types"])]
         lines += ["", textwrap.shorten(context, 160, placeholder=" ..."), f"  {asked[1]}"]

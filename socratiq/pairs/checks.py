@@ -26,7 +26,7 @@ class Job:
 
     row: Row
     types: dict[str, tuple[float, float]]  # name -> strength of the question, and the highest opinion of it
-    attempts: list[dict] = field(default_factory=list)  # {"question", "score", "flaw", "type"}
+    attempts: list[dict] = field(default_factory=list)  # {"question", "strength", "flaw", "type"}
     rejected: str = ""
     dropped: str = ""
 
@@ -34,12 +34,12 @@ class Job:
         # A digest of text and question: the answers of a row are found again when other rows come or go.
         self.key = digest([self.row.context, self.row.question])
         self.type = max(self.types, key=lambda name: self.types[name][0])  # the recognised type, the strongest
-        self.chosen_score = self.types[self.type][0]
+        self.strength = self.types[self.type][0]
 
     def without_pair(self) -> dict:
         """Why this row gave no pair, and all that was tried: a line of FILE.dropped.jsonl."""
         reason = self.dropped or f"no rejected question: {self.attempts[-1]['flaw']}"
-        figures = {"type": self.type, "score": round(self.chosen_score, 4), "attempts": self.attempts}
+        figures = {"type": self.type, "strength": round(self.strength, 4), "attempts": self.attempts}
         return {"reason": reason, **self.row._asdict(), **figures}
 
     def asked_type(self) -> str:
@@ -57,7 +57,7 @@ class Job:
         wrong = flaw(question, self.row.context, self.row.question)
         if wrong and answer.finish != "stop":
             wrong = f"finish_reason {answer.finish}: {wrong}"
-        return {"question": question, "score": None, "flaw": wrong, "type": self.asked_type()}
+        return {"question": question, "strength": None, "flaw": wrong, "type": self.asked_type()}
 
 
 def clean_question(text: str) -> str:

@@ -165,7 +165,7 @@ class Run:
         """One line of metrics.jsonl; tensors become numbers here."""
         self._append("metrics.jsonl", {"step": step, **metrics})
 
-    def sample(self, **fields) -> None:
+    def log_sample(self, **fields) -> None:
         """One line of samples.jsonl: a question that the model asked."""
         self._append("samples.jsonl", fields)
 

@@ -77,7 +77,7 @@ def add_device_arguments(add, plain: str = "") -> None:
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="where to compute")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where it is fast")
     if plain:
-        add("--plain", action="store_true", help=f"leave the engine out: {plain}")
+        add("--plain", action="store_true", help=f"without the speed-ups of the engine: {plain}")
 
 
 def add_run_arguments(parser: Parser, out: str) -> None:
@@ -86,7 +86,7 @@ def add_run_arguments(parser: Parser, out: str) -> None:
     add("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
     add("--seed", type=zero_or_more, default=0, help="seed of every random draw")
     add_device_arguments(add, plain="one process, slower, the same numbers")
-    add("--deterministic", action="store_true", help="same bytes again on a GPU too, slower (a CPU always does this)")
+    add("--deterministic", action="store_true", help="reproducible to the byte on a GPU too, slower (a CPU always is)")
     add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
     add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")
 

@@ -2,7 +2,7 @@
 
     python -m socratiq.scorer --data sample --out runs/scorer --model smollm2
 
-    reward = strength of the wanted type ^ 0.7 * form * originality * sentence * relatedness * fluency
+    reward = strength of the requested type ^ 0.7 * form * originality * sentence * relatedness * fluency
 
 Strength is one logistic output per type over n-grams, so that a question can be of two types; with a language model it
 is the geometric mean of that and of a second opinion, a linear probe on the model's hidden states. The model also says
