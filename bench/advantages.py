@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--ppo", default="", help="more arguments of train_ppo.py")
     parser.add_argument("--texts", type=int, default=30)
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--best-of", type=int, default=16, help="questions of the DPO model for each task")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--max-prompt-tokens", type=int, default=112)
     args = parser.parse_args()
@@ -89,15 +90,15 @@ def main() -> None:
         measure(records, texts, {"judge": judge, "scorer": scorer})
         return records
 
-    many = questions_of(args.runs / "dpo", 16)
-    groups = [many[start : start + 16] for start in range(0, len(many), 16)]
+    many, of = questions_of(args.runs / "dpo", args.best_of), args.best_of
+    groups = [many[start : start + of] for start in range(0, len(many), of)]
     best = [max(group, key=lambda record: record["scorer/reward"]) for group in groups]
-    found = {"sft": [], "dpo": [many], "dpo, best of 16": [best]} | {name: [] for name in VARIANTS if args.seeds}
+    found = {"sft": [], "dpo": [many], f"dpo, best of {of}": [best]} | {name: [] for name in VARIANTS if args.seeds}
     for (name, _), folder in models.items():
         found[name].append(questions_of(folder, args.samples))
 
-    print(f"{len(texts)} texts, {len(judge.types)} types, 95% intervals over texts (seeds averaged)")
-    print("| model | " + " | ".join(COLUMNS) + " | distinct-2 |")
+    print(f"{len(texts)} texts, {len(judge.types)} types, 95% intervals over texts and seeds")
+    print("| model | " + " | ".join(COLUMNS) + " | distinct-2 | KL |")
     means = {}
     for name, runs in found.items():
         table = torch.zeros(len(runs), len(texts), len(COLUMNS), dtype=torch.float64)  # means of each run and text
@@ -110,25 +111,33 @@ def main() -> None:
                 table[number, record["context"]] += torch.tensor(row, dtype=torch.float64)
                 counts[number, record["context"]] += 1
         means[name] = table / counts  # (seeds, texts, columns)
-        distinct = sum(distinct_2([r["question"] for r in records[: len(tasks)]]) for records in runs) / len(runs)
-        print(f"| {name} | " + " | ".join(interval(means[name].mean(0))) + f" | {distinct:.2f} |")
+        firsts = [records[:: len(records) // len(tasks)] for records in runs]  # one question of each task
+        distinct = sum(distinct_2([record["question"] for record in some]) for some in firsts) / len(runs)
+        folders = [folder for (variant, _), folder in models.items() if variant == name and variant in VARIANTS]
+        kl = sum(last_kl(folder) for folder in folders) / max(1, len(folders))
+        print(f"| {name} | " + " | ".join(interval(means[name])) + f" | {distinct:.2f} | {kl:.2f} |")
         if len(runs) > 1:
-            spread = means[name].mean(1)  # (seeds, columns)
-            print(
-                f"| seeds of {name} | "
-                + " | ".join(" ".join(f"{x:.2f}" for x in column) for column in spread.T)
-                + " | |"
-            )
+            of_seeds = [" ".join(f"{x:.2f}" for x in column) for column in means[name].mean(1).T]
+            print(f"| seeds of {name} | " + " | ".join(of_seeds) + " | | |")
     for name in found:
-        print(f"| {name} - dpo | " + " | ".join(interval(means[name].mean(0) - means["dpo"].mean(0))) + " | |")
+        for other in ("dpo", "gae"):
+            if other in found and name != other:
+                print(f"| {name} - {other} | " + " | ".join(interval(means[name] - means[other])) + " | | |")
 
 
-def interval(by_text: torch.Tensor) -> list[str]:
-    """(texts, columns) -> for each column its mean and the middle 95% of 2,000 resamples of texts."""
+def last_kl(folder: Path) -> float:
+    """KL to the DPO model in nats a question, in the last rollout of a run."""
+    *_, last = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads(last)["objective/kl"]
+
+
+def interval(table: torch.Tensor) -> list[str]:
+    """(seeds, texts, columns) -> for each column its mean and the middle 95% of 2,000 resamples of seeds and texts."""
     draw = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(by_text), (2000, len(by_text)), generator=draw)
-    low, high = by_text[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return [f"{m:.3f} [{a:.3f} {b:.3f}]" for m, a, b in zip(by_text.mean(0), low, high, strict=True)]
+    seeds, texts = (torch.randint(size, (2000, size), generator=draw) for size in table.shape[:2])
+    resampled = table[seeds[:, :, None], texts[:, None]].mean((1, 2))  # (2000, columns)
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return [f"{m:.3f} [{a:.3f} {b:.3f}]" for m, a, b in zip(table.mean((0, 1)), low, high, strict=True)]
 
 
 if __name__ == "__main__":
