@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 
 from socratiq.data import load_pairs, load_rows
@@ -70,11 +71,7 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
     # ---- columns
     ("rows.csv", b"text,ask\na,b\n", ": no column for the context; the columns are 'ask', 'text'" + COLUMNS),
     ("rows.csv", b"context,ask,type\na,b,c\n", ": no column for the question; ...; name one of them question or cq"),
-    (
-        "rows.csv",
-        b"thought,Question,kind\na,b,c\n",
-        ": no column for the type; ...; name one of them type or label ...",
-    ),
+    ("rows.csv", b"thought,Question,kind\na,b,c\n", ": no column for the type; ...; name one of them type or ..."),
     ("rows.csv", b"input,question\na: b,c\n", ": no column for the context; ..." + COLUMNS),
     ("rows.jsonl", json_line() + b'{"context": "a", "type": "b"}\n', f" row 3: the question {EMPTY}"),
     ("rows.json", b"[{}]", ": no column for the context; the columns are none at all" + COLUMNS),
@@ -83,11 +80,7 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
     # all rows too long by one: readers that guess shift them
     ("rows.csv", b"context,question,type\nWell, yes.,Why?,clarity\n", MANY.format(1, 2) + CELLS),
     ("rows.csv", csv_row(b"Some text.,Why?"), MANY.format(2, 3) + CELLS),
-    (
-        "rows.csv",
-        csv_row(b'"Some\ntext.",a,b\n"No end,a,b\nMore.,a,b'),
-        ": cannot be read (row 3, around line 4: ..." + CELLS,
-    ),
+    ("rows.csv", csv_row(b'"A\nb.",a,b\n"No end,a,b\nc'), ": cannot be read (row 3, around line 4: ..." + CELLS),
     ("rows.csv", b"context,question,type,Type\na,b,c,d\n", ": cannot be read (two columns are named 'type'; ..."),
     ("rows.csv", csv_row(b'"He" said.,Why?,clarity'), ": cannot be read (row 2, around line 2: ..." + CELLS),
     # ---- fields
@@ -96,19 +89,11 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
     ("rows.csv", csv_row(b"Some text.,Why?,"), f" row 2: the type {EMPTY}"),
     # a zero-width space and a control character
     ("rows.csv", b"thought,question,label\n\xe2\x80\x8b\x01,Why?,b\n", f" row 1: the thought {EMPTY}"),
-    (
-        "rows.csv",
-        csv_row(b"a,b?," + b"This is a text and no type. " * 9),
-        " ... the type is 'This is a text ...'" + NAME,
-    ),
+    ("rows.csv", csv_row(b"a,b?," + b"A text and no type. " * 9), " ... the type is 'A text ...'" + NAME),
     ("rows.csv", csv_row(b"Some text.,Why?,-"), " row 2: the type is '-'" + NAME),
     ("rows.csv", b"input,target\na: A text.,Why?\nWithout a type.,Why?\n", f" row 2: the context {EMPTY}"),
     ("rows.csv", b"input,target\nclarity: A text.,\n", f" row 1: the question {EMPTY}"),
-    (
-        "rows.csv",
-        b"context,question,preference\na,b,good\n",
-        " ...: the preference is 'good'; write chosen, rejected ...",
-    ),
+    ("rows.csv", b"thought,cq,preference\na,b,good\n", " ...: the preference is 'good'; write chosen, rejected ..."),
     ("rows.jsonl", json_line(question=3), " row 2: the question is 3 (int); write it as text"),
     ("rows.jsonl", json_line(context=["a", "b"]), " row 2: the context is ['a', 'b'] (list); write it as text"),
     ("rows.jsonl", json_line(context=None), f" row 2: the context {EMPTY}"),
@@ -121,11 +106,7 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
     ("rows.json", b'[1, {"context": "a"}]', " row 1: expected an object of named fields, found 1"),
     ("rows.json", b"[" * 100_000, ": cannot be read (maximum recursion depth exceeded...)" + UNREADABLE),
     ("rows.json", b"[" + b"9" * 5000 + b"]", ": cannot be read (...)" + UNREADABLE),
-    (
-        "rows.json",
-        b'{"context": "a", "question": "b", "type": ["c", "d"]}',
-        " row 1: the type is ['c', 'd'] (list); ...",
-    ),
+    ("rows.json", b'{"context": "a", "cq": "b", "type": ["c", "d"]}', " row 1: the type is ['c', 'd'] (list); ..."),
     # ---- the shared task's format
     ("rows.json", b'{"A": {"intervention": "a", "cqs": ["b"]}}', " row 1: expected an object of named fields, ..."),
     ("rows.json", b'{"A": {"intervention": "a", "cqs": [{"label": "Useful"}]}}', ": no column for the question; ..."),
@@ -141,11 +122,8 @@ def test_bad_files(tmp_path, capsys, name, content, expected):
 
 
 def test_a_bad_cell_of_a_table(tmp_path, capsys):
-    import pyarrow
-    from pyarrow import parquet
-
     path = tmp_path / "rows.parquet"
-    parquet.write_table(pyarrow.table({"context": ["a", "b"], "question": ["a?", None], "type": ["c", "d"]}), path)
+    pandas.DataFrame({"context": ["a", "b"], "question": ["a?", None], "type": ["c", "d"]}).to_parquet(path)
     assert_same(message_of(capsys, lambda: load_rows(str(path))), f"{path} row 2: the question {EMPTY}")
 
 
@@ -266,10 +244,7 @@ RUNS = [
     ("SFT --model nobody/nothing", "--model nobody/nothing: no tokenizer that can be read (...); name ..."),
     ("SFT --model folder", "--model folder: the folder holds no config.json, so it is no model; run the stage before"),
     ("SFT --model pickled", f"--model {PICKLED}"),
-    (
-        "SFT --model merged/adapter",
-        "--model merged/adapter: the folder holds an adapter; name the merged model, merged",
-    ),
+    ("SFT --model sft/adapter", "--model sft/adapter: the folder holds an adapter; name the merged model, sft"),
     ("SFT --model wordless", "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model garbled", "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model cut", "--model cut: no model that can be read (...)"),
@@ -324,14 +299,14 @@ def workshop(tmp_path_factory):
     write("long.jsonl", {**PAIR, "prompt": "word " * 2000})
     (folder / "bad.csv").write_text("context,question,type\nSome text.,,clarity\n")
     (folder / "file").write_text("precious")
-    (folder / "merged" / "adapter").mkdir(parents=True)
-    (folder / "merged" / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "folder").mkdir()
     (folder / "folder" / "thesis.txt").write_text("precious")
     Scorer.fit(load_rows(str(folder / "two.jsonl"))).save(folder / "scorer")
     for stage in ("sft", "dpo"):
         (folder / stage).mkdir()
         (folder / stage / "train_args.json").write_text(json.dumps({"stage": stage, "accumulate": 9}))
+    (folder / "sft" / "adapter").mkdir()
+    (folder / "sft" / "adapter" / "adapter_config.json").write_text("{}")
 
     tiny = resolve("tiny")
     weights = load_file(f"{tiny}/model.safetensors")
@@ -347,9 +322,8 @@ def workshop(tmp_path_factory):
     missing = {name: weight for name, weight in weights.items() if "layers.0.mlp.up_proj" not in name}
     save_file(missing, folder / "holed" / "model.safetensors", {"format": "pt"})
     (folder / "other" / "config.json").write_text('{"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 1}')
-    config = json.loads((folder / "remote" / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
-    (folder / "remote" / "config.json").write_text(json.dumps(config))
+    mine = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (folder / "remote" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": mine}))
     (folder / "remote" / "code.py").write_text("raise SystemExit('remote code was run')")
     return folder
 
