@@ -1,7 +1,7 @@
 """The scorer: strengths, calibration, gates, the language model's opinion, files, figures, and the reward."""
 
 import argparse
-import copy
+import itertools
 import json
 import math
 import random
@@ -11,14 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from socratiq.batch import make_batch
 from socratiq.data import Row, load_rows, split_by_context
+from socratiq.models import load_policy
+from socratiq.policy import Policy, token_logprobs
+from socratiq.prompts import plain_ids
 from socratiq.run.errors import UserError
 from socratiq.scorer import gates, grading
 from socratiq.scorer import ngrams as logistic
 from socratiq.scorer.__main__ import run as fit_scorer
 from socratiq.scorer.grading import rows_to_learn_from
-from socratiq.scorer.language_model import LanguageModel, Reading
+from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model
 from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs, load_reward, mean_opinion
 
 TOPICS = "dogs trams taxes farms films bikes books games rivers phones clocks gardens lamps ships towers bridges"
@@ -86,15 +91,11 @@ def test_strengths_are_one_probability_a_type_and_find_the_type(scorer):
     assert [scorer.types[i] for i in strengths.argmax(1)] == types
 
 
-def test_a_question_can_be_of_two_types(scorer):
+def test_a_question_can_be_of_two_types_or_of_none(scorer):
     both = "What exactly do you mean by dogs here, and are you assuming that dogs never change?"
-    strengths = dict(zip(scorer.types, scorer.strengths([""], [both])[0].tolist(), strict=True))
-    assert strengths["Clarity"] > 0.4 and strengths["Assumptions"] > 0.4 and strengths["Reasons"] < 0.2
-
-
-def test_others_are_negatives_of_every_type(scorer):
-    strengths = scorer.strengths([""], ["Who even likes kites anyway, you fool?"])
-    assert strengths.max() < 0.2
+    none = "Who even likes kites anyway, you fool?"  # rows labelled `others` are negatives of every type
+    (assumptions, clarity, reasons), of_none = scorer.strengths([""] * 2, [both, none])
+    assert clarity > 0.4 and assumptions > 0.4 and reasons < 0.2 and of_none.max() < 0.2
 
 
 def test_each_question_is_graded_by_itself(scorer):
@@ -110,33 +111,23 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
     Scorer.fit(random.Random(1).sample(ROWS, len(ROWS))).save(tmp_path / "b")
     first, again = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "ab")
     assert first == again and first.keys() == {"scorer.json", "scorer.safetensors"}
-    assert sum(map(len, first.values())) < 5e6
 
 
-HARMS = [
-    ("scorer.json", lambda content: b"{"),
-    ("scorer.json", lambda content: b"[]"),
-    ("scorer.safetensors", lambda content: content[:1000]),
-]
-
-
-@pytest.mark.parametrize(("name", "harm"), HARMS)
-def test_a_broken_folder_is_one_line(tmp_path, scorer, name, harm):
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("scorer.json", "{", ""),
+        ("scorer.json", "[]", ""),
+        ("scorer.safetensors", "cut", ""),
+        ("scorer.json", "{}", "another version of socratiq"),
+        # its weights belong to other features: it would grade, and wrongly
+        ("scorer.json", json.dumps({"version": VERSION - 1}), "another version of socratiq"),
+    ],
+)
+def test_a_folder_that_is_no_scorer_of_this_version_is_refused(tmp_path, scorer, name, content, problem):
     scorer.save(tmp_path)
-    (tmp_path / name).write_bytes(harm((tmp_path / name).read_bytes()))
-    with pytest.raises(UserError, match="no scorer that can be read"):
-        Scorer.load(tmp_path)
-
-
-@pytest.mark.parametrize("version", [None, VERSION - 1, VERSION + 1])
-def test_a_scorer_of_another_version_is_refused(tmp_path, scorer, version):
-    """Its weights belong to other features: it would grade, and wrongly."""
-    scorer.save(tmp_path)
-    settings = json.loads((tmp_path / "scorer.json").read_text())
-    assert settings.pop("version") == VERSION
-    settings |= {} if version is None else {"version": version}
-    (tmp_path / "scorer.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"another version of socratiq.*fit one with"):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"no scorer that can be read \(.*{problem}.*; fit one with"):
         Scorer.load(tmp_path)
 
 
@@ -146,41 +137,32 @@ def test_a_scorer_of_another_version_is_refused(tmp_path, scorer, version):
 ANALOGY = Row("A text of stones.", "Is a stone like a star?", "Analogy", "")
 
 
-@pytest.mark.parametrize(
-    ("rows", "types"),
-    [
-        ([r for r in ROWS if r.type == "Clarity"], ["Clarity"]),
-        ([*ROWS, ANALOGY], ["Analogy", "Assumptions", "Clarity", "Reasons"]),  # a type with a single row
-        ([r for r in ROWS if r.type != "others"], ["Assumptions", "Clarity", "Reasons"]),  # no negatives
-        (ROWS[:1], ["Clarity"]),
-    ],
-)
-def test_few_rows_make_a_scorer(rows, types):
+FEW = [
+    [r for r in ROWS if r.type == "Clarity"],
+    [*ROWS, ANALOGY],  # a type with a single row
+    [r for r in ROWS if r.type != "others"],  # no negatives
+    ROWS[:1],
+]
+
+
+@pytest.mark.parametrize("rows", FEW)
+def test_few_rows_make_a_scorer(rows):
     scorer = Scorer.fit(rows)
-    assert scorer.types == types
+    assert scorer.types == sorted({r.type for r in rows} - {"others"})
     reward = scorer.reward(["dogs are good", ""], [ROWS[0].question, ANALOGY.question], ["Clarity"] * 2)
     assert ((reward >= 0) & (reward <= 1)).all() and reward[0] > 0.1
 
 
-@pytest.mark.parametrize("rows", [[], [r for r in ROWS if r.type == "others"]])
-def test_rows_without_a_type_are_refused(rows):
-    with pytest.raises(UserError, match="too few rows"):
-        Scorer.fit(rows)
-
-
 def test_a_type_that_is_not_known_is_refused(scorer):
-    for call in (scorer.reward, scorer.graded):
-        with pytest.raises(UserError, match=r"does not know the type 'Irony'; it knows Assumptions, Clarity, Reasons"):
-            call(["a text"], ["Why is that?"], ["Irony"])
+    with pytest.raises(UserError, match=r"does not know the type 'Irony'; it knows Assumptions, Clarity, Reasons"):
+        scorer.reward(["a text"], ["Why is that?"], ["Irony"])
 
 
 ODD = ["", " ", "?", "\n", "a", "a?", "🤔?", "?" * 500, "x " * 3000 + "?", "\x00\x01?", "为什么？", "'''?", "_?_ a ?"]
 
 
-@pytest.mark.parametrize("layer", ["bare", "deep"])
-def test_odd_texts_are_graded_like_any(request, scorer, deep, layer):
-    used = scorer if layer == "bare" else deep
-    for context in ("", "?", ROWS[0].context):
+def test_odd_texts_are_graded_like_any(scorer, deep):
+    for context, used in itertools.product(("", "?", ROWS[0].context), (scorer, deep)):
         reward, parts = used.graded([context] * len(ODD), ODD, ["Clarity"] * len(ODD))
         assert all(((x >= 0) & (x <= 1)).all() for x in [reward, *parts.values()])
         assert reward.max() < 0.05
@@ -196,16 +178,18 @@ def test_any_text_has_a_reward(scorer, context, question):
 # --- the reward -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", ["bare", "deep"])
-def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep, layer):
-    used = scorer if layer == "bare" else deep
+def test_the_reward_is_a_power_of_the_strength_times_the_gates(scorer, deep):
     columns = columns_of(ROWS[:14])
-    reward, parts = used.graded(*columns)
-    assert list(parts) == ["strength", *gates.GATES, "ngrams"] + ["probe"] * (layer == "deep")
-    assert torch.allclose(reward, parts["strength"] ** 0.7 * torch.stack([parts[name] for name in gates.GATES]).prod(0))
-    assert layer == "deep" or (parts["fluency"] == 1).all()  # nothing is known of it without a language model
-    assert torch.equal(reward, used.reward(*columns))
-    assert used.graded([], [], [])[0].shape == (0,)
+    for used, opinions in ((scorer, ["ngrams"]), (deep, ["ngrams", "probe"])):
+        reward, parts = used.graded(*columns)
+        assert list(parts) == ["strength", *gates.GATES, *opinions]
+        strength, product = parts["strength"], torch.stack([parts[name] for name in gates.GATES]).prod(0)
+        assert torch.allclose(reward, strength**0.7 * product) and torch.equal(reward, used.reward(*columns))
+        assert torch.allclose(strength, torch.stack([parts[name] for name in opinions]).log().mean(0).exp())
+        own = torch.tensor([used.types.index(name) for name in columns[2]])[:, None]
+        assert torch.allclose(strength, used.strengths(*columns[:2]).gather(1, own)[:, 0])
+    assert (scorer.graded(*columns)[1]["fluency"] == 1).all()  # nothing is known of it without a language model
+    assert scorer.reward([], [], []).shape == (0,)
 
 
 def test_explain_says_what_reward_and_strengths_say(deep):
@@ -365,14 +349,6 @@ def test_ngrams_are_a_set_and_keep_order():
 # --- the second layer -----------------------------------------------------------------------------------------------
 
 
-def test_with_a_model_strength_is_the_mean_of_two_opinions(deep):
-    contexts, questions, types = columns_of(ROWS[:14])
-    parts = deep.graded(contexts, questions, types)[1]
-    assert torch.allclose(parts["strength"], (parts["ngrams"] * parts["probe"]).sqrt())
-    own = torch.tensor([deep.types.index(name) for name in types])[:, None]
-    assert torch.allclose(deep.strengths(contexts, questions).gather(1, own)[:, 0], parts["strength"])
-
-
 def test_fluency_and_relatedness_by_the_model(deep):
     contexts, questions, types = columns_of(row for row in ROWS if "think" in row.question)
     fine = deep.graded(contexts, questions, types)[1]
@@ -390,106 +366,67 @@ def test_signs_of_a_question_by_hand():
     assert fluency_signs(Reading(logprobs[:1], None)) == (-100.0, -100.0)
 
 
-def test_a_saved_scorer_has_its_language_model_again(tmp_path, deep, monkeypatch):
-    """There is one reward: the same from `fit` and from `load`."""
-    deep.save(tmp_path)
-    opened = []
-    monkeypatch.setattr("socratiq.scorer.scorer.open_language_model", lambda *of: opened.append(of) or FakeModel())
-    assert Scorer.load(tmp_path, "cpu", "float32").explain(*ROWS[0][:2]) == deep.explain(*ROWS[0][:2])
-    assert opened == [("fake", "cpu", "float32")]
+@pytest.fixture(scope="module")
+def tiny():
+    return open_language_model("tiny", "cpu", "float32")
+
+
+def test_a_saved_scorer_has_its_language_model_again(tmp_path, tiny, monkeypatch):
+    """There is one reward: the same from `fit` and from `load`, until the model is trained again."""
     monkeypatch.setattr("socratiq.scorer.scorer.fingerprint", lambda name: f"content of {name}")
-    Scorer.fit(ROWS, lm=FakeModel()).save(tmp_path)
-    Scorer.load(tmp_path)
+    fitted = Scorer.fit(ROWS[:56], lm=tiny)
+    fitted.save(tmp_path)
+    assert Scorer.load(tmp_path, "cpu", "float32").explain(*ROWS[0][:2]) == fitted.explain(*ROWS[0][:2])
     monkeypatch.setattr("socratiq.scorer.scorer.fingerprint", lambda name: "trained again")
-    with pytest.raises(UserError, match="fake has changed since; delete it"):
+    with pytest.raises(UserError, match="tiny has changed since; delete it"):
         Scorer.load(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    from socratiq.models import load_policy, load_tokenizer
-
-    return load_policy("tiny", "cpu", "float32", trainable=False), load_tokenizer("tiny")
-
-
-def one_by_one(policy, tokenizer, context: str, question: str) -> torch.Tensor:
-    """log p(token | context, tokens before) by a forward of its own for every question."""
-    from socratiq.batch import make_batch
-    from socratiq.policy import token_logprobs
-    from socratiq.prompts import plain_ids
-
-    before, asked = plain_ids(tokenizer, context) + plain_ids(tokenizer, "\n\n"), plain_ids(tokenizer, question)
-    batch = make_batch([before], [[asked]])
-    with torch.no_grad():
-        return token_logprobs(policy, batch)["logprobs"][0, 0]
-
-
 def test_readings_are_those_of_one_question_at_a_time(tiny):
-    lm = LanguageModel(*tiny)
-    contexts, questions = zip(*[(r.context, r.question) for r in ROWS[:20]], strict=True)
-    for texts in ([""] * 20, list(contexts)):
-        for text, question, reading in zip(texts, questions, lm.read(texts, list(questions)), strict=True):
-            assert torch.allclose(reading.logprobs, one_by_one(*tiny, text, question), atol=1e-5)
-            apart = lm.read([text], [question])[0]  # no sibling beside it
+    contexts, questions = [r.context for r in ROWS[:20]], [r.question for r in ROWS[:20]]
+    for texts in ([""] * 20, contexts):
+        for text, question, reading in zip(texts, questions, tiny.read(texts, questions), strict=True):
+            before, between, asked = (plain_ids(tiny.tokenizer, part) for part in (text, "\n\n", question))
+            with torch.no_grad():
+                alone = token_logprobs(tiny.policy, make_batch([before + between], [[asked]]))["logprobs"][0, 0]
+            assert torch.allclose(reading.logprobs, alone, atol=1e-5)
+            apart = tiny.read([text], [question])[0]  # no sibling beside it
             assert torch.allclose(reading.features, apart.features, atol=1e-4)
 
 
-def test_states_are_those_of_the_middle_and_of_four_fifths():
+def test_states_are_those_of_the_middle_and_of_four_fifths(tiny):
     """On ten layers: after five of them and after eight, as transformers counts them."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from socratiq.models import load_tokenizer
-    from socratiq.policy import Policy
-    from socratiq.prompts import plain_ids
-
-    tokenizer = load_tokenizer("tiny")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=10, initializer_range=0.3, **sizes)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 10}
     torch.manual_seed(0)
-    plain = LlamaForCausalLM(copy.deepcopy(config)).eval()
-    lm = LlamaForCausalLM._from_config(config, attn_implementation="socratiq")
-    lm.load_state_dict(plain.state_dict())
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny.tokenizer), initializer_range=0.3, **sizes))
+    text, question = "Bikes are loud.", "Why do you think so?"
+    before, between, asked = (plain_ids(tiny.tokenizer, part) for part in (text, "\n\n", question))
+    with torch.no_grad():
+        states = lm(torch.tensor([before + between + asked]), output_hidden_states=True).hidden_states
+    low, high = (states[layers][0, -len(asked) :] for layers in (5, 8))  # (n, H); the first are the embeddings
+    lm.set_attn_implementation("socratiq")
     policy = Policy(lm)
     policy.keep_reference()
-    text, question = "Bikes are loud.", "Why do you think so?"
-    before, between, asked = (plain_ids(tokenizer, part) for part in (text, "\n\n", question))
-    before += between
-    with torch.no_grad():
-        states = plain(torch.tensor([before + asked]), output_hidden_states=True).hidden_states
-    states = [x[0, len(before) :] for x in states]  # (n, H); the first are the embeddings
-    (reading,) = LanguageModel(policy, tokenizer).read([text], [question])
-    wanted = torch.cat([states[5].mean(0), states[8].mean(0), states[5][-1], states[8][-1]])
-    assert torch.allclose(reading.features, wanted, atol=1e-4)
+    (reading,) = LanguageModel(policy, tiny.tokenizer).read([text], [question])
+    assert torch.allclose(reading.features, torch.cat([low.mean(0), high.mean(0), low[-1], high[-1]]), atol=1e-4)
 
 
 def test_long_texts_are_read_in_part_and_empty_ones_too(tiny):
     questions = ["Why do you think so?", "", "?", "so " * 500 + "?"]
-    after = LanguageModel(*tiny).read(["word " * 3000, "", "a", "b"], questions)
+    after = tiny.read(["word " * 3000, "", "a", "b"], questions)
     assert [len(reading.logprobs) for reading in after[1:]] == [0, 2, 96]
     assert after[1].features.abs().sum() == 0 and all(reading.features.isfinite().all() for reading in after)
 
 
 def test_it_reads_with_the_frozen_reference(tiny):
     """Adapters that PPO trains must not change what the scorer thinks."""
-    from socratiq.models import load_policy
-
     policy = load_policy("tiny", "cpu", "float32", lora_rank=2)
-    policy.keep_reference()
-    before, after = [], []
-    for found in (before, after):
-        found += LanguageModel(policy, tiny[1]).read(["A text."], ["Why do you think so?"])[0]
-        for parameter in policy.trainable().values():
-            torch.nn.init.normal_(parameter)
-    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
-
-
-def test_the_whole_second_layer_on_the_tiny_model(tiny, tmp_path):
-    rows = ROWS[:56]
-    scorer = Scorer.fit(rows, lm=LanguageModel(*tiny, name="tiny"))
-    scorer.save(tmp_path / "scorer")
-    columns = columns_of(rows[:7])
-    again, parts = Scorer.load(tmp_path / "scorer", "cpu", "float32").graded(*columns)
-    assert torch.equal(again, scorer.reward(*columns)) and set(parts) > {"fluency", "probe", "ngrams"}
+    lm = LanguageModel(policy, tiny.tokenizer)
+    before = lm.read(["A text."], ["Why do you think so?"])[0]
+    for parameter in policy.trainable().values():
+        torch.nn.init.normal_(parameter)
+    after = lm.read(["A text."], ["Why do you think so?"])[0]
+    assert torch.equal(before.logprobs, after.logprobs) and torch.equal(before.features, after.features)
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -506,27 +443,14 @@ def test_figures_by_hand():
     assert (found["F1 of A"], found["F1 of B"], found["macro-F1"]) == pytest.approx((0.5, 0, 0.25))
 
 
-@pytest.mark.parametrize("held_out", [(), TOPICS[:3]])
-def test_cross_validation_never_shows_a_text_to_its_own_grader(monkeypatch, held_out):
-    taught = []
-
-    def fits(rows, types, features):
-        taught.append({" ".join(r.context.lower().split()) for r in rows})
-        return len(taught) - 1
-
-    def graded(number, questions, features):
-        topics = [next(topic for topic in TOPICS if topic in question) for question in questions]
-        seen = [float(any(f" {topic}." in text for text in taught[number])) for topic in topics]
-        return torch.tensor(seen)[None, :, None].expand(1, len(questions), 3)
-
-    monkeypatch.setattr("socratiq.scorer.scorer.fit_strengths", fits)
-    monkeypatch.setattr("socratiq.scorer.scorer.opinions", graded)
-    rows = ROWS + [r._replace(context=r.context.upper() + "  ") for r in ROWS]  # the same texts, written otherwise
-    held = {r.context for r in rows if any(f" {topic}." in r.context.lower() for topic in held_out)}
-    _, found = cross_validate(rows, held_out=held)
-    assert found.shape == (1, len(rows), 3) and found.sum() == 0
-    assert len(taught) == 5 + bool(held_out) and all(taught)
-    assert not {" ".join(text.lower().split()) for text in held} & set().union(*taught)
+def test_cross_validation_never_shows_a_text_to_its_own_grader():
+    """Other labels of a text change the grades of others, not its own."""
+    rows = made_rows(TOPICS[:5])
+    rows += [r._replace(context=r.context.upper() + "  ") for r in rows]  # the same texts, written otherwise
+    own = torch.tensor([" dogs" in r.context.lower() for r in rows])
+    turned = [r._replace(type="Clarity") if of_dogs else r for r, of_dogs in zip(rows, own, strict=True)]
+    found, again = (cross_validate(some)[1][0] for some in (rows, turned))
+    assert torch.equal(found[own], again[own]) and not torch.equal(found, again)
 
 
 def test_cross_validation_grades_rows_where_they_stand():
@@ -556,7 +480,7 @@ def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_o
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-def test_command_line(capsys, tmp_path):
+def test_command_line(capsys, tmp_path, scorer):
     path = tmp_path / "rows.jsonl"
     lines = [json.dumps({"context": r.context, "question": r.question, "type": r.type}) for r in ROWS]
     path.write_text("\n".join(lines) + "\n")
@@ -564,13 +488,9 @@ def test_command_line(capsys, tmp_path):
     said = capsys.readouterr().out
     for text in ("macro-F1", "calibration error", str(tmp_path / "out"), "train_ppo.py will refuse it as a reward"):
         assert text in said
-    # Without a word about it, it has not seen what is held out by default.
     held_out = {r.context for r in split_by_context(ROWS)[1]}
-    scorer = Scorer.load(tmp_path / "out")
-    texts = scorer.settings["texts"]
-    assert held_out and texts == sorted(texts) and not {grading.place(text) for text in held_out}.intersection(texts)
-    Scorer.load(tmp_path / "out", held_out=held_out)
-    Scorer.fit(ROWS).save(tmp_path / "all")
+    Scorer.load(tmp_path / "out", held_out=held_out)  # it has not seen what is held out by default
+    scorer.save(tmp_path / "all")
     with pytest.raises(UserError, match=f"all was fitted on {len(held_out)} of the {len(held_out)} held-out texts"):
         Scorer.load(tmp_path / "all", held_out=held_out)
 
