@@ -71,11 +71,11 @@ MUTANTS = {
         "x.float()": ["x.double()"],
     },
     "gather_logprobs": {
-        "chosen - logits.logsumexp(-1)": [
-            "chosen + logits.logsumexp(-1)", "logits.logsumexp(-1) - chosen", "chosen - logits.logsumexp(-1).mean()",
-            "chosen - logits.exp().sum(-1).log()", "chosen - logits.logsumexp(-2)",
-            "chosen - logits.logsumexp(-1).detach()", "chosen.detach() - logits.logsumexp(-1)",
-            "chosen - logits.amax(-1)",
+        "z_y - logits.logsumexp(-1)": [
+            "z_y + logits.logsumexp(-1)", "logits.logsumexp(-1) - z_y", "z_y - logits.logsumexp(-1).mean()",
+            "z_y - logits.exp().sum(-1).log()", "z_y - logits.logsumexp(-2)",
+            "z_y - logits.logsumexp(-1).detach()", "z_y.detach() - logits.logsumexp(-1)",
+            "z_y - logits.amax(-1)",
         ],
         "logits = _wide(logits)": ["pass"],
         "tokens.expand(shape)": [

@@ -243,7 +243,7 @@ class TestDPO:
         close(rejected_rewards, [0] * 5)
 
     def test_of_rewards_and_a_reference_of_zero_is_the_bradley_terry_loss_of_a_reward_model(self):
-        chosen, rejected, zero = vector(2, -1), vector(1, 1), torch.zeros(2)
+        chosen, rejected, zero = vector(2, 0), vector(1, 2), torch.zeros(2)
         loss, _, _ = dpo_loss(chosen, rejected, zero, zero, beta=1)
         close(loss, -torch.sigmoid(chosen - rejected).log())
         close(loss, [log(1 + exp(-1)), log(1 + exp(2))])  # r_w - r_l = 1 and -2
