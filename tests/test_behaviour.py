@@ -7,19 +7,8 @@ import pytest
 import torch
 from small import EOS, VOCABULARY, small_policy, small_rows
 
+from socratiq import losses
 from socratiq.batch import make_batch
-from socratiq.losses import (
-    AdaptiveKL,
-    dpo_loss,
-    gae,
-    kl_estimate,
-    policy_loss,
-    sequence_logps,
-    sft_loss,
-    shape_rewards,
-    value_loss,
-    whiten,
-)
 from socratiq.policy import token_logprobs
 from socratiq.sampling import sample
 
@@ -37,14 +26,14 @@ def test_sft_overfits_one_row(lora_rank):
     prompt, question = [1, 5, 7, 3], [8, 4, 9, 9, 6, EOS]
     batch = make_batch([prompt], [[question]])
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.02)
-    losses = []
+    history = []
     for _ in range(60):
-        loss = sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask)
+        loss = losses.sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 1 and losses[-1] < 0.01
+        history.append(loss.item())
+    assert history[0] > 1 and history[-1] < 0.01
     assert sample(policy, [prompt], 1, max_new_tokens=10, eos_id=EOS, temperature=0) == [[question]]  # EOS and all
 
 
@@ -55,18 +44,18 @@ def train_on_one_pair(kind, beta=0.5, lr=3e-5, steps=15):
     """Plain gradient descent on one pair: the reward margin beta * h before each step, and the loss."""
     policy = small_policy()
     batch = make_batch(*small_rows(samples=2, rows=1))
-    reference = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask).detach()
+    reference = losses.sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask).detach()
     optimizer = torch.optim.SGD(policy.trainable().values(), lr=lr)
-    margins, losses = [], []
+    margins, history = [], []
     for _ in range(steps):
-        logps = sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask)
-        loss, chosen, rejected = dpo_loss(*logps.unbind(1), *reference.unbind(1), beta, kind=kind)
+        logps = losses.sequence_logps(token_logprobs(policy, batch)["logprobs"], batch.mask)
+        loss, chosen, rejected = losses.dpo_loss(*logps.unbind(1), *reference.unbind(1), beta, kind=kind)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
         margins.append((chosen - rejected).item())
-        losses.append(loss.item())
-    return margins, losses
+        history.append(loss.item())
+    return margins, history
 
 
 def rises(numbers):
@@ -74,9 +63,9 @@ def rises(numbers):
 
 
 def test_dpo_on_one_pair_drives_the_margin_up_from_0():
-    margins, losses = train_on_one_pair("sigmoid")
-    assert margins[0] == 0 and losses[0] == pytest.approx(log(2))
-    assert rises(margins) and rises(losses[::-1])
+    margins, history = train_on_one_pair("sigmoid")
+    assert margins[0] == 0 and history[0] == pytest.approx(log(2))
+    assert rises(margins) and rises(history[::-1])
 
 
 def test_ipo_on_one_pair_drives_the_margin_to_one_half():
@@ -86,9 +75,9 @@ def test_ipo_on_one_pair_drives_the_margin_to_one_half():
 
 
 def test_hinge_on_one_pair_stops_at_a_margin_of_one():
-    margins, losses = train_on_one_pair("hinge", lr=1e-4)
+    margins, history = train_on_one_pair("hinge", lr=1e-4)
     assert margins[0] == 0 and rises(margins[:4])
-    assert margins[-1] >= 1 and margins[-1] == margins[-2] and losses[-1] == 0
+    assert margins[-1] >= 1 and margins[-1] == margins[-2] and history[-1] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------- PPO
@@ -103,7 +92,7 @@ def bandit(kl_coef, steps=60, samples=64, lr=0.02, max_new_tokens=1, kl_target=N
     """
     policy = small_policy(value_head=True)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=lr, eps=1e-5, weight_decay=0.0)
-    control = AdaptiveKL(kl_coef, kl_target or 1.0, horizon=2 * samples)
+    control = losses.AdaptiveKL(kl_coef, kl_target or 1.0, horizon=2 * samples)
     mean_scores, kls = [], []
     for step in range(steps):
         completions = sample(policy, [PROMPT], samples, max_new_tokens, eos_id=EOS, seeds=[step])
@@ -115,19 +104,19 @@ def bandit(kl_coef, steps=60, samples=64, lr=0.02, max_new_tokens=1, kl_target=N
             old = token_logprobs(policy, batch)
             with policy.reference():
                 reference = token_logprobs(policy, batch)["logprobs"]
-        rewards = shape_rewards(scores, old["logprobs"], reference, batch.mask, control.value)
-        advantages, returns = gae(rewards, old["values"], batch.mask, gamma=1.0, lam=0.95)
-        advantages = whiten(advantages, batch.mask)
+        rewards = losses.shape_rewards(scores, old["logprobs"], reference, batch.mask, control.value)
+        advantages, returns = losses.gae(rewards, old["values"], batch.mask, gamma=1.0, lam=0.95)
+        advantages = losses.whiten(advantages, batch.mask)
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         for _ in range(2):
             new = token_logprobs(policy, batch)
-            policy_part, _ = policy_loss(new["logprobs"], old["logprobs"], advantages, batch.mask, clip=0.2)
-            value_part, _ = value_loss(new["values"], old["values"], returns, batch.mask, clip=0.2)
+            policy_part, _ = losses.policy_loss(new["logprobs"], old["logprobs"], advantages, batch.mask, clip=0.2)
+            value_part, _ = losses.value_loss(new["values"], old["values"], returns, batch.mask, clip=0.2)
             optimizer.zero_grad()
             (policy_part + 0.1 * value_part).backward()
             optimizer.step()
-        kl = kl_estimate(old["logprobs"], reference, "k1", batch.mask).sum(-1).mean()
+        kl = losses.kl_estimate(old["logprobs"], reference, "k1", batch.mask).sum(-1).mean()
         if kl_target:
             control.update(kl, samples)
         mean_scores.append(scores.mean().item())

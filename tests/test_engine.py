@@ -1,19 +1,17 @@
 """Each twin of the engine against the plain function that it stands for, in value and gradient (test_identities.py runs
 the identities under both)."""
 
-import random
-
 import pytest
 import torch
-import transformers
 from small import EOS, small_policy, small_rows, stir
+from test_family import write
 
 from socratiq import lora
 from socratiq.batch import make_batch
 from socratiq.engine import head, padding, speed_up
 from socratiq.engine.packed import can_pack, packed
 from socratiq.models import load_policy, load_tokenizer
-from socratiq.policy import Policy, head_logprobs, token_logprobs
+from socratiq.policy import head_logprobs, token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
 
@@ -57,35 +55,27 @@ def test_tiny_has_the_same_log_probs_and_gradients_and_samples_the_same_tokens(d
 
 
 FAMILIES = {
-    "Llama": {"attention_bias": True, "mlp_bias": True},
-    "Mistral": {"head_dim": 16},  # as Mistral-Nemo's, not hidden_size / heads
-    "Qwen2": {},  # biases at query, key and value
-    "Qwen3": {"head_dim": 8},  # norms of query and key
-    "Gemma": {"head_dim": 8},  # gelu: its MLP is none of fused.py's
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"head_dim": 16},  # as Mistral-Nemo's, not hidden_size / heads
+    "qwen2": {},  # biases at query, key and value
+    "qwen3": {},  # norms of query and key
+    "gemma": {},  # gelu: its MLP is none of fused.py's
 }
 
 
 @DEVICES
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_the_same(family, autocast, device):
-    shape = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
-    config = getattr(transformers, f"{family}Config")(**shape, **FAMILIES[family])
-    found, sampled = [], []
+def test_every_family_gives_the_same(family, autocast, device, tmp_path):
+    folder, found, sampled = write(tmp_path, family, **FAMILIES[family]), [], []
     for plain in (True, False):
-        torch.manual_seed(0)
-        model = getattr(transformers, f"{family}ForCausalLM")
-        lm = model._from_config(config, attn_implementation="socratiq").eval()
-        lora.add_lora(lm, 4)
-        for name, weight in lm.named_parameters():
-            if "norm" in name or "bias" in name or "lora_B" in name:  # not 1, not 0
-                weight.data.add_(0.1 * torch.randn_like(weight))
-        policy = Policy(lm, value_head=True, autocast=autocast)
+        policy = load_policy(folder, "cpu", "float32", lora_rank=4, value_head=True, plain=True)
+        policy.autocast = autocast
+        stir(policy)
         if not plain:
             speed_up(policy, torch.device(device))
-            taken = {type(module).__name__ for module in lm.modules() if "forward" in vars(module)}
-            assert taken == {"LoRALinear"} | ({f"{family}MLP"} if family != "Gemma" else set())
+            taken = {type(module).__name__ for module in policy.modules() if "forward" in vars(module)}
+            assert taken == {"LoRALinear"} | ({f"{family.title()}MLP"} - {"GemmaMLP"})
         found.append(results(policy, small_rows(samples=2)))
         sampled.append(sample(policy, small_rows()[0], 2, 8, eos_id=EOS, temperature=0))
     assert_same(found, 0.1 if autocast else 1e-4)
@@ -96,26 +86,6 @@ def test_plain_leaves_the_engine_out():
     plain, engine = (load_policy("tiny", "cpu", "float32", 4, plain=plain) for plain in (True, False))
     assert not plain.twins and not any("forward" in vars(module) for module in plain.modules())
     assert engine.twins and any("forward" in vars(module) for module in engine.modules())
-
-
-# ---------------------------------------------------------------------------------------------------- attention
-
-
-@DEVICES
-@pytest.mark.parametrize("samples", [1, 2, 4])
-@pytest.mark.parametrize("shared", [0, 7])
-def test_rows_of_all_lengths(device, samples, shared):
-    """Also prompts that have a long start in common, and empty completions."""
-    draw, found = random.Random(samples), []
-    prompts = [[9] * shared + [b] + [5] * draw.randrange(20) for b in range(5)]
-    completions = [[[1] * draw.randrange(9) for _ in range(samples)] for _ in prompts]
-    assert make_batch(prompts, completions).rows.shared == shared
-    for plain in (True, False):
-        policy = small_policy(value_head=True)
-        if not plain:
-            speed_up(policy, torch.device(device))
-        found.append(results(policy, (prompts, completions)))
-    assert_same(found)
 
 
 # ----------------------------------------------------------------------------------------------------- the head

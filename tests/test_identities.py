@@ -51,7 +51,7 @@ def one_by_one(lm, prompt, completion, temperature=1.0):
 
 def of(logprobs, completion):
     """(C, V) -> (C,), those of the completion's own tokens."""
-    return logprobs.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+    return logprobs.gather(-1, torch.tensor(completion, dtype=torch.long)[:, None])[:, 0]
 
 
 def gradients(policy):
@@ -61,13 +61,15 @@ def gradients(policy):
 # ------------------------------------------------------------------------------------------------------- layout
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_packed_rows_equal_one_forward_per_sequence(make_policy, samples, temperature):
+@pytest.mark.parametrize(("samples", "temperature", "start"), [(1, 1.0, []), (2, 0.7, [1]), (5, 1.0, [9] * 7)])
+def test_packed_rows_equal_one_forward_per_sequence(make_policy, samples, temperature, start):
     policy = make_policy(value_head=True)
     torch.nn.init.normal_(policy.value_head.weight)
     prompts, completions = small_rows(samples)
+    prompts = [start + prompt[1:] for prompt in prompts]
+    completions[1][-1] = []  # an empty one among the others
     batch = make_batch(prompts, completions)
+    assert batch.rows.shared == len(start)
     out = token_logprobs(policy, batch, temperature)
     lm = plain_lm(policy)
     for b, prompt in enumerate(prompts):
@@ -83,6 +85,7 @@ def test_packed_rows_equal_one_forward_per_sequence(make_policy, samples, temper
 def test_gradient_of_packed_rows_equals_one_forward_per_sequence(make_policy):
     policy = make_policy()
     prompts, completions = small_rows(samples=3)
+    completions[1][0] = []
     batch = make_batch(prompts, completions)
     sft_loss(token_logprobs(policy, batch)["logprobs"], batch.mask).backward()
     packed = gradients(policy)

@@ -4,11 +4,15 @@ The first half tries the building blocks, on a Llama of a few thousand weights. 
 themselves (tests/observed.py): what they hand to the losses, and what they log. Some mistakes are caught elsewhere:
 
     shift, padding, values    test_identities.py: packed rows equal one forward per sequence, whatever their neighbours
+    empty completions         test_identities.py: one stands among the packed rows
+    dropout                   test_family.py: in train mode too, whatever the model's configuration asks for
+    split                     test_data.py: test_split_by_context, test_nothing_to_hold_out
     reward slot, missing EOS  test_losses.py: TestShapedRewards, TestMissingEOS
     value clip                test_losses.py: TestValueLoss
 """
 
 import json
+from itertools import pairwise
 from math import log
 from types import SimpleNamespace
 
@@ -19,14 +23,12 @@ from small import EOS, VOCABULARY, small_policy, small_rows, stir
 from transformers import AutoModelForCausalLM
 
 from socratiq import lora, losses
-from socratiq import models as model
 from socratiq.batch import make_batch
-from socratiq.data import load_pairs, load_rows, split_by_context
 from socratiq.models import load_policy, load_tokenizer
 from socratiq.policy import token_logprobs
 from socratiq.prompts import encode_completion, encode_prompt
 from socratiq.sampling import sample
-from socratiq.saving import save_model, save_policy, whole_state_dict
+from socratiq.saving import save_policy, whole_state_dict
 
 
 def close(actual, expected, tolerance=1e-5):
@@ -105,42 +107,6 @@ def test_merged_weights(tmp_path):
     assert {x.dtype for x in again.lm.parameters() if not x.requires_grad} == {torch.bfloat16}
 
 
-def test_dropout(tmp_path, monkeypatch):
-    """Zero everywhere, train mode or not, even if the model's configuration asks for it."""
-    tokenizer, lm = load_tokenizer("tiny"), model.open_model("tiny", torch.float32)
-    lm.config.attention_dropout = 0.5
-    save_model(lm, lm.state_dict(), tokenizer, tmp_path / "model")
-    assert json.loads((tmp_path / "model" / "config.json").read_text())["attention_dropout"] == 0.5
-    policy = load_policy(str(tmp_path / "model"), "cpu", "float32", lora_rank=4)
-    policy.train()
-    batch = make_batch(*small_rows())
-    assert torch.equal(token_logprobs(policy, batch)["logprobs"], token_logprobs(policy, batch)["logprobs"])
-    assert policy.lm.config.attention_dropout == 0
-    assert not any(isinstance(module, torch.nn.Dropout) and module.p for module in policy.modules())
-
-
-def test_split(inputs):
-    """By context: no text stands on both sides, in rows and in pairs, however it is spaced or capitalised."""
-    rows = load_rows(str(inputs / "rows.jsonl"))
-    rows += [row._replace(context=row.context.upper().replace(" ", "  ")) for row in rows]
-    for items in (rows, load_pairs(str(inputs / "pairs.jsonl"))):
-        train, held_out = split_by_context(items, 0.3, seed=0)
-        assert train and held_out and len(train) + len(held_out) == len(items)
-        sides = [{" ".join(item.context.casefold().split()) for item in side} for side in (train, held_out)]
-        assert not sides[0] & sides[1]
-
-
-def test_empty_completions():
-    """An empty completion counts nothing and is never NaN."""
-    policy = small_policy()
-    with_empty = make_batch([[1, 5], [1, 6]], [[[8, EOS]], [[]]])
-    without = make_batch([[1, 5]], [[[8, EOS]]])
-    logprobs = token_logprobs(policy, with_empty)["logprobs"]
-    close(losses.sft_loss(logprobs, with_empty.mask), losses.sft_loss(logprobs[:1], without.mask))
-    nothing = make_batch([[1, 5]], [[[]]])
-    assert losses.sft_loss(token_logprobs(policy, nothing)["logprobs"], nothing.mask) == 0
-
-
 # ----------------------------------------------------------------------------------------------- the scripts
 
 
@@ -181,21 +147,10 @@ def test_temperature(ppo):
 
 def test_old_log_probs(ppo):
     """Recomputed by the forward that trains, so that the first ratio of every rollout is 1."""
-    first, later = [], []
-    for before, call in zip(ppo.seen[""], ppo.seen[""][1:], strict=False):
-        if call["name"] == "policy_loss":
-            moved = ((call["new_logprobs"] - call["old_logprobs"]) * call["mask"]).abs().max()
-            (first if not any_update_since_rollout(ppo.seen[""], call) else later).append(moved)
-            assert before["name"] == "token_logprobs"
-    assert len(first) == 2 and max(first) < 1e-5
-    assert len(later) == 6 and min(later) > 1e-5
-
-
-def any_update_since_rollout(entries, call):
-    place = next(i for i, entry in enumerate(entries) if entry is call)
-    names = [entry["name"] for entry in entries[:place]]
-    rollout = max(i for i, name in enumerate(names) if name == "gae")
-    return "update" in names[rollout:]
+    assert {a["name"] for a, b in pairwise(ppo.seen[""]) if b["name"] == "policy_loss"} == {"token_logprobs"}
+    moved = [((x["new_logprobs"] - x["old_logprobs"]) * x["mask"]).abs().max() for x in ppo.seen["policy_loss"]]
+    assert len(moved) == 8 and max(moved[::4]) < 1e-5  # two rollouts, four updates each
+    assert min(moved[1:4] + moved[5:]) > 1e-5
 
 
 def test_whitening(ppo):
@@ -211,13 +166,6 @@ def test_whitening(ppo):
             assert set(call["returns"].flatten().tolist()) <= set(returns.flatten().tolist())
         for call in ppo.seen["policy_loss"][4 * step : 4 * step + 4]:
             assert set(call["advantages"].flatten().tolist()) <= set(white["result"].flatten().tolist())
-
-
-def test_kl(ppo):
-    """k1 in the reward (test_whitening), k3 to watch; policy to reference and new to old under names of their own."""
-    last = ppo.metrics[-1]
-    assert last["objective/kl_k3"] >= 0 and last["policy/approxkl"] >= 0
-    assert last["objective/kl"] != last["policy/approxkl"]
 
 
 def test_reference(dpo, ppo):
@@ -251,23 +199,17 @@ def test_accumulation(scripts, inputs, tmp_path):
 
 
 def test_metrics(ppo):
-    """Masked as the losses are: worked out here token by token, over real tokens alone."""
+    """Worked out here over real tokens alone; policy to reference (k1, k3) and new to old have names of their own."""
     for step, line in enumerate(ppo.metrics[1:]):
         shaped, scored = ppo.seen["shape_rewards"][step], ppo.seen["missing_eos_penalty"][step]
-        kls, rewards, lengths, ended = [], [], [], []
-        for b in range(4):
-            for k in range(3):
-                real = range(int(shaped["mask"][b, k].sum()))
-                kls.append(sum((shaped["logprobs"] - shaped["ref_logprobs"])[b, k, t].item() for t in real))
-                rewards.append(sum(shaped["result"][b, k, t].item() for t in real))
-                lengths.append(len(real))
-                ended.append(any(scored["tokens"][b, k, t] == scored["eos_id"] for t in real))
-        for name, values in (("kl", kls), ("rlhf_reward", rewards)):
-            assert line[f"objective/{name}"] == pytest.approx(sum(values) / 12, abs=1e-5)
-        assert line["length"] == pytest.approx(sum(lengths) / 12)
-        assert line["eos_rate"] == pytest.approx(sum(ended) / 12)
+        d, ended = shaped["logprobs"] - shaped["ref_logprobs"], scored["tokens"] == scored["eos_id"]
+        sums = {"objective/kl": d, "objective/kl_k3": (-d).exp() - 1 + d, "objective/rlhf_reward": shaped["result"]}
+        for name, x in (sums | {"length": torch.ones_like(d), "eos_rate": ended}).items():
+            assert line[name] == pytest.approx(x[shaped["mask"].bool()].sum().item() / 12, abs=1e-5)
         updates = ppo.seen["policy_loss"][4 * step : 4 * step + 4]
         assert line["policy/clipfrac"] == pytest.approx(sum(call["result"][1].item() for call in updates) / 4)
+        moved = [(x["new_logprobs"] - x["old_logprobs"])[x["mask"].bool()] for x in updates]
+        assert line["policy/approxkl"] == pytest.approx(sum((d.exp() - 1 - d).mean().item() for d in moved) / 4, 1e-4)
 
 
 def test_chosen_reward_falls_in_dpo(dpo, scripts, inputs, tmp_path):
