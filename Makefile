@@ -44,9 +44,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Kill tests in earnest: at least 100 kills over the four scripts.
+# Kill tests in earnest: some 400 kills over the four scripts, each round at other moments.
 soak: install
-	$(BIN)/python tests/soak.py
+	for seed in 1 2 3 4 5 6 7 8 9 10 11 12; do \
+		SEED=$$seed $(BIN)/python -m pytest -k kills tests/test_resume.py tests/test_make_pairs.py || exit 1; done
 
 # Pairs from a real OpenAI-compatible server, `transformers serve` with the embedded model; adds 25 MB to the venv.
 serve-test: install

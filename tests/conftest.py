@@ -22,35 +22,12 @@ def scripts():
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory) -> Path:
     """A folder with rows.jsonl (12 short texts, 24 questions), pairs.jsonl (24 pairs), scorer/ and deep_scorer/."""
-    folder = tmp_path_factory.mktemp("inputs")
-    make_inputs(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def poisoned(tmp_path_factory) -> Path:
-    """A model that turns to NaN on every text with a snowman in it, and on no other."""
-    import torch
-
-    from socratiq.models import load_tokenizer, open_model
-    from socratiq.prompts import plain_ids
-    from socratiq.saving import save_model
-
-    folder = tmp_path_factory.mktemp("poisoned") / "model"
-    tokenizer, lm = load_tokenizer("tiny"), open_model("tiny", torch.float32)
-    lm.config.tie_word_embeddings = False
-    state = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
-    state["model.embed_tokens.weight"][plain_ids(tokenizer, "\u2603")[-1]] = torch.nan
-    save_model(lm, state, tokenizer, folder)
-    return folder
-
-
-def make_inputs(folder: Path) -> None:
     from socratiq.data import Row, split_by_context
     from socratiq.prompts import build_prompt
     from socratiq.scorer.language_model import open_language_model
     from socratiq.scorer.scorer import Scorer
 
+    folder = tmp_path_factory.mktemp("inputs")
     subjects = ["dogs", "trams", "taxes", "farms", "films", "bikes"]
     subjects += ["books", "games", "ships", "birds", "songs", "roads"]
     rows, pairs = [], []
@@ -67,3 +44,4 @@ def make_inputs(folder: Path) -> None:
     learn_from = split_by_context(every_row, 0.3, seed=0)[0]  # one that has seen held-out texts is refused
     Scorer.fit(learn_from).save(folder / "scorer")
     Scorer.fit(learn_from, lm=open_language_model("tiny", "cpu", "float32")).save(folder / "deep_scorer")
+    return folder

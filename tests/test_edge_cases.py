@@ -1,11 +1,17 @@
 """Shapes and numbers at the edge: single rows, batches larger than the data, empty questions, NaN in a forward pass."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
+from test_family import write
 from test_resume import command
+
+from socratiq.models import load_tokenizer
+from socratiq.prompts import plain_ids
 
 
 def metrics(out: Path) -> list[dict]:
@@ -93,21 +99,6 @@ def test_a_rollout_of_empty_questions(scripts, inputs, tmp_path):
 # --- more tokens than the model has positions
 
 
-@pytest.fixture(scope="session")
-def short(tmp_path_factory) -> Path:
-    """A model made for 150 positions; a prompt of the tests takes about 140."""
-    import torch
-
-    from socratiq.models import load_tokenizer, open_model
-    from socratiq.saving import save_model
-
-    folder = tmp_path_factory.mktemp("short") / "model"
-    lm = open_model("tiny", torch.float32)
-    lm.config.max_position_embeddings = 150
-    save_model(lm, lm.state_dict(), load_tokenizer("tiny"), folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("case", "more", "named"),
     [
@@ -116,8 +107,9 @@ def short(tmp_path_factory) -> Path:
         ("ppo", ["--max-prompt-tokens", "145"], "--max-prompt-tokens and --max-new-tokens: 151 tokens"),
     ],
 )
-def test_more_tokens_than_positions(case, more, named, short, scripts, inputs, tmp_path):
-    arguments = [*command(case, inputs), "--model", str(short), *more]
+def test_more_tokens_than_positions(case, more, named, scripts, inputs, tmp_path):
+    short = write(tmp_path / "short", "llama", max_position_embeddings=150)  # a prompt here takes about 140
+    arguments = [*command(case, inputs), "--model", short, *more]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.count("\n") == 1 and not (tmp_path / "out").exists()
     assert named in complained and "the model's max_position_embeddings is 150" in complained
@@ -127,10 +119,14 @@ def test_more_tokens_than_positions(case, more, named, short, scripts, inputs, t
 
 
 @pytest.mark.parametrize("case", ["sft", "dpo"])
-def test_the_row_that_gives_nan_is_named(case, poisoned, scripts, inputs, tmp_path):
+def test_the_row_that_gives_nan_is_named(case, scripts, inputs, tmp_path):
     """A model that is NaN on one text: the run stops before the weights change, and names that text's row."""
     own = edited(inputs, tmp_path, lambda text: text.replace("that bikes are", "that \u2603 bikes are"))
-    arguments = [*command(case, own), "--model", str(poisoned), "--batch-size", "8"]
+    poisoned = write(tmp_path / "poisoned", "llama")
+    weights = load_file(f"{poisoned}/model.safetensors")
+    weights["model.embed_tokens.weight"][plain_ids(load_tokenizer("tiny"), "\u2603")[-1]] = math.nan
+    save_file(weights, f"{poisoned}/model.safetensors", {"format": "pt"})
+    arguments = [*command(case, own), "--model", poisoned, "--batch-size", "8"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
     assert ": loss is nan, gradient norm is nan; the rows were " in complained

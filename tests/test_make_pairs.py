@@ -1,6 +1,7 @@
 """make_pairs.py: what it chooses and rejects, and that no kill, fault or order of answers changes or loses a pair."""
 
 import json
+import os
 import random
 import re
 import signal
@@ -221,10 +222,11 @@ def rows_file(tmp_path_factory) -> Path:
 def start_in(scripts, rows_file):
     """start_in(folder, *arguments): the script under way; its scorer is a common one, fitted once."""
 
-    def started(folder, *more):
+    def started(folder, *more, **kill):
         common = ["--data", rows_file, "--scorer", rows_file.parent / "scorer", "--scorer-model", "none"]
         env = {"NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": KEY}
-        return scripts.start(["make_pairs.py", *common, *more], cwd=folder, env=env, patch="patches:quick_retries")
+        options = {"cwd": folder, "env": env, "patch": "patches:quick_retries", **kill}
+        return scripts.start(["make_pairs.py", *common, *more], **options)
 
     return started
 
@@ -319,23 +321,24 @@ def test_nothing_depends_on_concurrency_or_faults(reference, run, tmp_path):
 
 
 def test_kills(reference, start, tmp_path):
-    """kill -9 at random moments: the same bytes in the end, and no answer that was on disk is asked for again."""
-    log, chance = tmp_path / "pairs.answers.jsonl", random.Random(7)
-    concurrency, kills, on_disk = 3, 0, set()
+    """By the clock, or before or after a sync: the same bytes in the end, and no answer on disk is asked for again."""
+    log, chance = tmp_path / "pairs.answers.jsonl", random.Random(os.environ.get("SEED", 7))
+    hows, concurrency, kills, on_disk = ["time", "before", "time", "after", "time"], 3, 0, set()
 
     def key(seen):  # the name of the answer to this request in the log
         return digest({"messages": seen.body["messages"]})
 
     with FaultServer(answer=sometimes_bad, latency=0.01) as server:
         while True:
-            first = len(server.requests)
-            script = start(*api(server, "--concurrency", concurrency))
-            if kills < 5:
+            first, how = len(server.requests), hows.pop() if hows else None
+            at = chance.randint(0, 12) if how in ("before", "after") else None
+            script = start(*api(server, "--concurrency", concurrency), at=at, how=how)
+            kills += how is not None
+            if how == "time":
                 wanted = first + chance.randint(0, 12)
                 script.until(lambda wanted=wanted: len(server.requests) >= wanted)
                 time.sleep(chance.random() * 0.02)
                 script.kill(signal.SIGKILL)
-                kills += 1
             status, _, complained = script.wait()
             assert not on_disk & {key(seen) for seen in server.requests[first:]}
             whole = log.read_bytes()[: log.read_bytes().rfind(b"\n") + 1] if log.exists() else b""

@@ -1,11 +1,12 @@
 """Killed at any moment, restarted with the same command: the same bytes in the end.
 
 Scripts are real processes killed by real signals (tests/scripts.py). A kill comes either at a random time or at one
-disk operation, counted: before it, after it, or when half of a line or of a file is written. tests/soak.py does the
-same a hundred times.
+disk operation, counted: before it, after it, or when half of a line or of a file is written. `make soak` tries other
+moments ($SEED), again and again.
 """
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -88,7 +89,7 @@ def test_nothing_outside_out_is_written_and_no_secret_inside(case, inputs, unint
 def test_kills(case, scripts, inputs, uninterrupted, tmp_path):
     """Three to five kills on the way, then the end: the same bytes, and nothing left lying about."""
     wanted, counts, _ = uninterrupted(case)
-    chance = random.Random(case)
+    chance = random.Random(case + os.environ.get("SEED", ""))
     # The first after a checkpoint or two; then early ones, which find the run where the one before has left it.
     shares = {"after": (0.4, 0.6), "line": (0, 0.1), "before": (0, 0.1), "file": (0, 0.2)}
     kills = 0
