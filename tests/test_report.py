@@ -274,15 +274,9 @@ def test_the_page_is_read_to_its_last_entry_and_knows_names_and_options_that_exi
 # --------------------------------------------------------------------------------------------------------------- charts
 
 
-def test_many_points_are_averaged():
-    points = [(float(i), float(i % 2)) for i in range(10_000)]
-    thin = charts.thinned(points)
-    assert len(thin) <= charts.MOST_POINTS
-    assert thin[:, 1].mean() == pytest.approx(0.5, abs=0.01)
-    assert charts.thinned(points[:10]).tolist() == [list(point) for point in points[:10]]
-
-
-def test_smoothing_keeps_a_straight_line_and_calms_a_jagged_one():
+def test_many_points_are_averaged_and_smoothing_keeps_a_straight_line_and_calms_a_jagged_one():
+    thin = charts.thinned([(float(i), float(i % 2)) for i in range(10_000)])
+    assert len(thin) <= charts.MOST_POINTS and thin[:, 1].mean() == pytest.approx(0.5, abs=0.01)
     steps = np.arange(60)
     straight = np.column_stack([steps, 2.0 * steps])
     assert charts.smooth(straight)[5:-5] == pytest.approx(straight[5:-5])
@@ -295,7 +289,6 @@ def test_smoothing_keeps_a_straight_line_and_calms_a_jagged_one():
     [
         (0.0, 1.0, False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
         (-0.13, 0.31, False, [-0.1, 0, 0.1, 0.2, 0.3]),
-        (1.0, 180.0, True, [50, 100, 150]),
         (1.0, 3.0, True, [1, 2, 3]),
         (7.0, 7.0, True, [7]),
         (2e6, 2.1e6, False, [2e6, 2.02e6, 2.04e6, 2.06e6, 2.08e6, 2.1e6]),
