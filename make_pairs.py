@@ -21,8 +21,8 @@ answer is on the disk before it is used (FILE.answers.jsonl), so that the same c
 is missing and ends with the same bytes.
 
 Why mirror? People wrote the chosen questions and a machine the rejected ones, and the shortest way to tell the two
-apart is to look at who wrote them. Without mirrored pairs DPO went that way (docs/dpo.md, Results). A mirrored pair
-makes authorship worthless.
+apart is to look at who wrote them. Without mirrored pairs DPO went that way (docs/dpo.md, Results). In a mirrored
+pair that rule fails.
 
 Why not simply take another question of the same text? Few texts have questions of two types, and those that have would
 decide alone what DPO learns. Why grade questions that carry a label? Labels are noisy, and a pair whose chosen question

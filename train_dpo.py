@@ -14,7 +14,7 @@ with log pi(y|x) the sum over the tokens of y, and pi_ref the model before this 
  4. At the end of an epoch: the same figures on held-out pairs.
 
 Departures from the paper:
- 1. Both questions of a pair hang on one prompt, which is run once (socratiq/batch.py).
+ 1. Both questions of a pair share one prompt, which is run once (socratiq/batch.py).
  2. The reference's log-probs are computed once, before the first update, by the model itself: it *is* the reference
     then. No second model is ever in memory.
  3. Options: label smoothing (conservative DPO), the IPO and hinge losses, and an SFT term on the chosen question

@@ -213,7 +213,7 @@ def run_stage():
         else:
             advantages = returns = losses.rloo(rewards, mask)  # no critic, so no returns: they are not used
         training.check_finite({"the sum of the advantages": advantages.sum().item()}, this_step, names)
-        advantages = losses.whiten(advantages, mask, shift_mean=critic)  # RLOO's are centred per prompt: scale only
+        advantages = losses.whiten(advantages, mask, shift_mean=critic)  # RLOO's keep their signs
 
         # 6. Update.
         lr = training.learning_rate(step, args.steps, math.ceil(args.warmup * args.steps), args.lr)

@@ -74,7 +74,7 @@ def run_stage():
     # Data: token ids of prompt and question, tokenised apart.
     rows = [row for row in load_rows(args.data, args.types) if row.type != OTHERS and row.preference != "rejected"]
     if not rows:
-        raise UserError(f"{args.data}: no rows to learn from; every row is labelled {OTHERS!r}")
+        raise UserError(f"{args.data}: no rows to learn from: all are labelled {OTHERS!r} or judged bad; add others")
     train_rows, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     rows = train_rows + training.draw(held_out_rows, args.eval_rows, args.seed)
     tokenizer = load_tokenizer(args.model)
@@ -87,7 +87,7 @@ def run_stage():
     policy = load_policy(args.model, args.device, args.dtype, **options.model_options(args))
     lengths = [len(prompt) + len(question) for prompt, question in zip(prompts, questions, strict=True)]
     for row, length in zip(rows, lengths, strict=True):
-        policy.check_length(length, f"{row.source} under --max-prompt-tokens")
+        policy.check_length(length, row.source)
     distributed.shard(policy)
     optimizer = training.make_optimizer(policy, args.lr)
 

@@ -1,4 +1,4 @@
-"""GAE, GAE without a critic's help, and RLOO from one DPO model: what do outsiders see? docs/ppo.md has the result.
+"""GAE, GAE with a constant as critic, and RLOO from one DPO model, compared by outsiders. docs/ppo.md has the result.
 
     python bench/advantages.py runs/demo --seeds 3 --ppo "--steps 10 --batch-size 8 ..."
 
@@ -32,7 +32,7 @@ from socratiq.scorer import Scorer
 from socratiq.scorer.gates import distinct_2
 from socratiq.scorer.grading import rows_to_learn_from
 
-VARIANTS = {"gae": [], "gae, V = 0": ["--vf-coef", "0"], "rloo": ["--advantages", "rloo"]}
+VARIANTS = {"gae": [], "gae, V constant": ["--vf-coef", "0"], "rloo": ["--advantages", "rloo"]}
 COLUMNS = ("judge", "reward", "minilm", "well_formed", "eos", "words")
 
 
@@ -66,18 +66,22 @@ def main() -> None:
     parser.add_argument("--max-prompt-tokens", type=int, default=112)
     args = parser.parse_args()
 
+    trained = json.loads((args.runs / "sft" / "train_args.json").read_text())
+    rows = load_rows(trained["data"], trained["types"])
+    train, held_out = split_by_context(rows, trained["held_out"], trained["seed"])
+    texts_to_ask_about = args.runs / "advantages" / "train.jsonl"  # PPO's --seed would split the rows anew
+    texts_to_ask_about.parent.mkdir(exist_ok=True)
+    texts_to_ask_about.write_text("".join(json.dumps(row._asdict()) + "\n" for row in train))
+
     models = {("sft", 0): args.runs / "sft"}
     for seed in range(args.seeds):
         for name, options in VARIANTS.items():
-            out = models[name, seed] = args.runs / "advantages" / f"{name.replace(', V = ', '')}-{seed}"
+            out = models[name, seed] = args.runs / "advantages" / f"{name.replace(', V ', '-')}-{seed}"
             command = [sys.executable, "train_ppo.py", "--model", args.runs / "dpo", "--scorer", args.runs / "scorer"]
-            sizes = ["--max-new-tokens", args.max_new_tokens, "--max-prompt-tokens", args.max_prompt_tokens]
-            command += [*sizes, "--out", out, "--seed", seed, *options, *shlex.split(args.ppo)]
-            subprocess.run(list(map(str, command)), check=True)
+            command += ["--data", texts_to_ask_about, "--held-out", 0, "--seed", seed, "--out", out, *options]
+            command += ["--max-new-tokens", args.max_new_tokens, "--max-prompt-tokens", args.max_prompt_tokens]
+            subprocess.run([*map(str, command), *shlex.split(args.ppo)], check=True)
 
-    trained = json.loads((args.runs / "sft" / "train_args.json").read_text())
-    rows = load_rows(trained["data"], trained["types"])
-    _, held_out = split_by_context(rows, trained["held_out"], trained["seed"])
     judge = Judge.fit(rows_to_learn_from(rows, trained["held_out"], trained["seed"])[0])
     tasks = choose_tasks(held_out, judge.types, args.texts, trained["seed"])
     texts = list(dict.fromkeys(task.context for task in tasks))

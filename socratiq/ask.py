@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None):
     add("--json", action="store_true", help="print all questions and every part of their rewards as one JSON object")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="MODEL", help="folder, Hub id, smollm2 or tiny (default: runs/ppo, else runs/dpo, runs/sft)")
-    add("--scorer", metavar="FOLDER", help="what ranks; none does not rank (default: scorer beside the model)")
+    add("--scorer", metavar="FOLDER", help='ranks the questions; "none": no ranking (default: scorer beside the model)')
     add("--temperature", type=options.not_negative, default=0.8, help="lower is safer, higher is bolder")
     add("--seed", type=options.zero_or_more, help="the same questions again (default: new ones each time)")
     add("--max-new-tokens", type=options.count, default=64, metavar="TOKENS", help="longest question")
@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None):
 def find_model(args) -> tuple[str, str]:
     """Names of the model and of the scorer's folder, "none" to rank nothing. Raises UserError if nothing is trained."""
     finished = [stage for stage in STAGES if Path(stage, "config.json").exists()]
-    options.check(args.model or finished, "no finished model in runs: train one (make demo), or name one with --model")
+    options.check(args.model or finished, "no finished model in runs; name one: --model runs/demo/ppo after make demo")
     name = args.model or finished[0]
     if not args.model and name != STAGES[0]:
         warn(f"{STAGES[0]} is not there yet; asking {name}")

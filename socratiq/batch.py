@@ -1,6 +1,6 @@
 """One prompt and its K completions side by side, rows laid end to end: the model runs no padding.
 
-A row is one prompt and the K completions that hang on it (SFT K=1, DPO K=2, PPO K=samples per prompt). The prompt is
+Here a row is one prompt and its K completions (SFT K=1, DPO K=2, PPO K=samples per prompt). The prompt is
 run once, however many completions follow:
 
     index       0 1 2 3 4   5 6 7   8 9

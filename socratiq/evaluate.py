@@ -88,10 +88,10 @@ def find_parts(args) -> tuple[dict[str, str], list[str]]:
     """The models by stage and the scorer, and a line for each that is left out."""
     found, left_out = {}, []
     for name in ("base", *MADE_BY):
-        folder = getattr(args, name)
+        folder, last_file = getattr(args, name), "scorer.json" if name == "scorer" else "config.json"
         if folder == "none":
             left_out.append(f"{name}: not asked for")
-        elif folder == str(Path(args.runs, name)) and not list(Path(folder).glob("*.safetensors")):
+        elif folder == str(Path(args.runs, name)) and not Path(folder, last_file).exists():
             left_out.append(f"{name}: {folder} is not there or not finished; {MADE_BY[name]} makes it")
         else:
             found[name] = folder

@@ -1,4 +1,4 @@
-"""Is this family of models right to the last digit? One check, whenever a model is opened, instead of lists of names.
+"""Does this family of models give transformers' own log-probs, up to rounding? One check instead of lists of names.
 
 The project runs several sequences as one (batch.py), with attention of its own, and reads log-probs from the trunk and
 the head. A family with recurrent layers, with logits changed after the head, or with dropout that cannot be switched

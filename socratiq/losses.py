@@ -57,13 +57,12 @@ def masked_var(x, mask):
 def whiten(x, mask, shift_mean=True):
     """Mean 0 and variance 1 over the masked slots: (x - mean) / sqrt(var + 1e-8), var unbiased.
 
-    x, mask (..., T) -> (..., T), 0 where mask is 0. Differentiable in x. `shift_mean=False` adds the mean back, so that
-    only the scale changes. PPO whitens advantages, after GAE has made the returns; it does not whiten rewards.
+    x, mask (..., T) -> (..., T), 0 where mask is 0. Differentiable in x. `shift_mean=False` subtracts no mean: only the
+    scale changes, and every sign stays. PPO whitens advantages, after GAE has made the returns, but not rewards.
     """
     x = _masked(x, mask)
-    mean, var = masked_mean(x, mask), masked_var(x, mask)
-    white = (x - mean) * torch.rsqrt(var + 1e-8)
-    return _masked(white if shift_mean else white + mean, mask)
+    mean = masked_mean(x, mask) if shift_mean else 0
+    return _masked((x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8), mask)
 
 
 def _masked(x, mask):

@@ -1,7 +1,6 @@
 """Models: open one as a policy. saving.py writes it back as a plain Hugging Face folder.
 
-This is the one module of the core that calls the engine: `load_policy` puts faster twins into the policy, unless it is
-asked for a plain one.
+Here the engine meets the core: `load_policy` puts its faster twins into the policy, unless it is asked for a plain one.
 """
 
 from __future__ import annotations
@@ -142,7 +141,7 @@ def open_model(name: str, dtype: torch.dtype, load_in_4bit: bool = False, full: 
         )
     if found["missing_keys"]:  # transformers would put random numbers there and go on
         missing = sorted(found["missing_keys"])
-        raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; write it anew")
+        raise UserError(f"--model {name}: {len(missing)} weights are missing, such as {missing[0]}; get it anew")
     return lm
 
 
@@ -177,7 +176,7 @@ def load_tokenizer(name: str):
             "folder or a Hub id"
         ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token")
+        raise UserError(f"--model {name}: its tokenizer has no end-of-sequence token; choose another model")
     if len(tokenizer) > rows:
         raise UserError(f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its embedding only {rows} rows")
     return tokenizer

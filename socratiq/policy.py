@@ -101,7 +101,8 @@ class Policy(nn.Module):
         limits = {name: getattr(config, name, None) or rope.get(name) for name in names}
         for name, limit in limits.items():
             if limit and tokens > limit:
-                raise UserError(f"{what}: {tokens} tokens, and the model's {name} is {limit}; shorten it")
+                remedy = "shorten the text or lower --max-prompt-tokens"
+                raise UserError(f"{what}: {tokens} tokens, but the model's {name} is {limit}; {remedy}")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -115,7 +116,7 @@ def token_logprobs(
     """log pi(y_t | prompt, y_<t) of every completion token: the one quantity that all three trainers need.
 
     Returns "logprobs" (B, K, C) float32, 0 where the mask is 0, and in the same shape "values" if the policy has a
-    value head and the "entropy" of each distribution, without gradients, if it is to be watched.
+    value head and, with `watch`, the "entropy" of each distribution, without gradients.
     """
     scored = batch.mask.bool()
     attend = policy.twin(RowAttention)(batch.rows)
@@ -123,8 +124,8 @@ def token_logprobs(
         hidden = policy.hidden(batch.input_ids, batch.position_ids, attend, batch.read)  # (M, H)
         found = policy.twin(head_logprobs)(policy.lm.lm_head, hidden, batch.tokens[scored], temperature, watch)
     if policy.value_head is not None:
-        # States of norm 1: at smollm2's norm of about 43 a step of Adam, which moves each weight by the learning rate,
-        # would move V by more than the whole range of rewards. Detached: a critic that predicts nothing must not
+        # States of norm 1: at smollm2's norm of about 43 a step of Adam, which moves each weight by the learning rate
+        # (4e-4), could move V by 0.4 of the reward's range of 1. Detached: a critic that predicts nothing must not
         # change the trunk.
         found["values"] = policy.value_head(F.normalize(hidden.detach().float(), dim=-1)).squeeze(-1)  # (M,)
     return {name: torch.zeros_like(batch.mask).masked_scatter(scored, x) for name, x in found.items()}  # (B, K, C)

@@ -28,8 +28,8 @@ def sample(
     Args:
         prompts: B lists of token ids, each of at least one token.
         temperature: logits are divided by it; 0 takes the most likely token.
-        seeds: one number per prompt, or one for all. A prompt's samples depend on its own seed and on nothing else: not
-            on its neighbours in the batch, not on the order in which samples finish.
+        seeds: one number per prompt, or one to which a prompt's place is added. The random numbers of a prompt come
+            from its own seed alone, whatever its neighbours and the order in which samples finish.
     Returns:
         completions[b][k], token ids up to and including EOS where one was drawn within `max_new_tokens`.
     Raises:

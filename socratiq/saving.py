@@ -33,7 +33,7 @@ def save_model(lm: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer, f
         state.pop("lm_head.weight", None)
     lm.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
-    # What others open the folder in: the widest there is, or merged weights would be rounded as untouched ones are.
+    # The dtype that others load by default: the widest, so that merged float32 weights are not rounded.
     lm.config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))
     lm.config.save_pretrained(folder)
 

@@ -76,10 +76,8 @@ def check_finite(numbers: dict[str, float], label: str, sources: list[str]) -> N
     """Raise UserError, naming the step and the sources of its rows, if one of the numbers is NaN or infinite."""
     bad = [f"{name} is {number:g}" for name, number in numbers.items() if not math.isfinite(number)]
     if bad:
-        more = f" and {len(sources) - 8} more" if len(sources) > 8 else ""
-        raise UserError(
-            f"{label}: {', '.join(bad)}; the rows were {', '.join(sources[:8])}{more}; the weights are as before"
-        )
+        rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
+        raise UserError(f"{label}: {', '.join(bad)}; the weights are as before; lower --lr, or check the rows: {rows}")
 
 
 def draw(items: list, count: int, seed: int) -> list:

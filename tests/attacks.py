@@ -1,6 +1,6 @@
 """Strings that try to fool a reward: what a policy finds when it chases the number instead of the question.
 
-`degenerate` breaks genuine questions in thirty ways, `another_text` and `rare_word` are fluent but miss the text, and
+`degenerate` breaks genuine questions in 31 ways, `another_text` and `rare_word` are fluent but miss the text, and
 `climb` searches by itself, word by word, for whatever a reward pays. A reward that can be trusted pays all of them less
 than it pays an average genuine question. Everything is deterministic in its rows and its seed.
 """

@@ -51,12 +51,13 @@ MUTANTS = {
     "whiten": {
         "x = _masked(x, mask)\n": ["x = _wide(x)\n"],
         "(x - mean)": ["(x + mean)", "(mean - x)"],
-        "torch.rsqrt(var": ["torch.sqrt(var"],
-        "torch.rsqrt(var + 1e-8)": ["1 / (torch.sqrt(var) + 1e-8)"],
+        "torch.rsqrt(": ["torch.sqrt("],
+        "torch.rsqrt(masked_var(x, mask) + 1e-8)": ["1 / (torch.sqrt(masked_var(x, mask)) + 1e-8)"],
         "1e-8": ["1e-6"],
-        "white if shift_mean else white + mean": ["white + mean if shift_mean else white"],
-        "white + mean": ["white - mean", "white"],
-        "_masked(white if shift_mean else white + mean, mask)": ["white if shift_mean else white + mean"],
+        "if shift_mean else 0": ["if not shift_mean else 0", "if True else 0"],
+        "_masked((x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8), mask)": [
+            "(x - mean) * torch.rsqrt(masked_var(x, mask) + 1e-8)"
+        ],
         "masked_var(x, mask)": ["masked_var(x, mask).detach()"],
         "masked_mean(x, mask)": ["masked_mean(x, mask).detach()"],
     },

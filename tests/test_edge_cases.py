@@ -129,9 +129,9 @@ def test_the_row_that_gives_nan_is_named(case, scripts, inputs, tmp_path):
     arguments = [*command(case, own), "--model", poisoned, "--batch-size", "8"]
     status, _, complained = scripts.run(arguments, cwd=tmp_path)
     assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
-    assert ": loss is nan, gradient norm is nan; the rows were " in complained
+    assert ": loss is nan, gradient norm is nan; the weights are as before; " in complained
     lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} row {n}" for n in (11, 12)}
-    assert any(line in complained for line in lines) and "the weights are as before" in complained
+    assert any(line in complained for line in lines)
     assert not (tmp_path / "out" / "config.json").exists()
 
 

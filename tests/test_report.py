@@ -118,6 +118,7 @@ def test_the_page_holds_every_stage_and_needs_nothing_from_elsewhere(runs):
         assert html.count(f"<h3>{metric.title.split(' (')[0]} ") >= len(metric.stages)
     assert "Questions on the way" in html and "step 8" in html
     assert "5 pairs were kept" in html and "labelled others" in html
+    assert "chosen, mean 0.9" in html and "rejected, mean 0.1" in html
     assert "50%</b>" in html and "prefers-color-scheme: dark" in html
 
 

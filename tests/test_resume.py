@@ -197,7 +197,7 @@ def test_changed_arguments_and_inputs_are_refused_by_name(scripts, inputs, unint
     for option, path in (changes | {"--model": model / "model.safetensors"}).items():
         before = path.read_bytes()
         path.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
-        assert f"was begun with {option} of content " in refused(scripts, arguments, tmp_path)
+        assert f"was begun with other content of {option}; " in refused(scripts, arguments, tmp_path)
         path.write_bytes(before)
 
     (model / "README.md").write_text("says nothing of the model")
@@ -205,7 +205,7 @@ def test_changed_arguments_and_inputs_are_refused_by_name(scripts, inputs, unint
 
     before = (own / "rows.jsonl").read_bytes()  # of a finished run too: its model is not that of the new rows
     (own / "rows.jsonl").write_bytes(before + before.splitlines(keepends=True)[0].replace(b"good", b"bad"))
-    assert "--data of content " in refused(scripts, arguments, tmp_path)
+    assert "other content of --data; " in refused(scripts, arguments, tmp_path)
 
 
 def test_a_finished_run_says_so_and_does_nothing(inputs, uninterrupted, tmp_path):
@@ -235,7 +235,7 @@ def test_restart_begins_anew(scripts, inputs, tmp_path):
     (tmp_path / "out" / "samples.jsonl").write_text("{}\n")
     lines = (own / "pairs.jsonl").read_bytes().splitlines(keepends=True)
     (own / "pairs.jsonl").write_bytes(b"".join(lines[::-1]))  # another order: the reference is another one too
-    assert "--pairs of content " in refused(scripts, command("dpo", own), tmp_path)
+    assert "other content of --pairs; " in refused(scripts, command("dpo", own), tmp_path)
     assert scripts.run(command("dpo", own, "anew"), cwd=tmp_path)[0] == 0
     for at in (0, 1, 2, 4, 7, 8, 9, 10, 14, 18):
         status, _, complained = scripts.run([*command("dpo", own), "--restart"], cwd=tmp_path, at=at)

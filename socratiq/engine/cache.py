@@ -1,7 +1,7 @@
 """Twin of sampling.Cache for a GPU, where starting kernels takes longer than running them.
 
-Every tensor keeps its shape and its place, and finished samples stay, unheard: the kernels of a token are then always
-the same, and a CUDA graph starts all of them at once.
+Every tensor keeps its shape and its place, and finished samples stay, their logits ignored. So the kernels of a token
+are always the same, and a CUDA graph starts all of them at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StaticCache:
         self.mask[:, :, self.sample, self.slots] = 0
         if self.steps == 1 or alive.device.type != "cuda" or distributed.world() > 1:
             return self._run()[alive]
-        if self.steps == 2:  # the first has made what kernels make once
+        if self.steps == 2:  # the first ran without a graph, so that kernels could set up
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self._run()

@@ -13,7 +13,7 @@ be continued on one.
 - Losses are divided by the tokens of all processes, and gradients are summed (FSDP would take their mean).
 - Only the first process prints and writes, except for checkpoints, to which every process adds files with its part.
 
-With one process every function here returns what it was given, and torch.distributed is not imported (except to read a
+With one process the functions here change nothing, and torch.distributed is not imported (except to read a
 checkpoint that several processes wrote).
 """
 
@@ -220,12 +220,12 @@ class ShardedRun(Run):
         import torch
         import torch.distributed.checkpoint as dcp
 
-        # One process wrote a single file, which stands in the run's folder.
+        # One process wrote a single file into the run's folder.
         reader, tensors = dcp.HuggingFaceStorageReader(self.out / state.get("parts", "")), {}
         for name, stored in reader.read_metadata().state_dict_metadata.items():
             like = parameters.get(name.partition(".")[2])
             if like is None:
-                continue  # the model, beside the file of one process that was killed when it had written it
+                continue  # a weight of model.safetensors: the one process was killed when it had saved the model
             like = like if stored.size else torch.zeros(())  # a step count
             tensors[name] = torch.empty_like(like, requires_grad=False)
             if sum(chunk.sizes.numel() for chunk in stored.chunks) != tensors[name].numel():

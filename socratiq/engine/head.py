@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from socratiq.engine.padding import pad, surplus
+from socratiq.engine.padding import missing, pad
 from socratiq.policy import head_logprobs
 
 CHUNK = 256  # scored positions: never more than 256 x vocabulary logits exist at once
@@ -15,7 +15,7 @@ def in_chunks(lm_head, hidden, tokens, temperature: float, watch: bool) -> dict[
     """As head_logprobs: hidden (M, H), tokens (M,) -> "logprobs" (M,) and, to `watch`, "entropy" (M,)."""
     count = len(tokens)
     if torch.is_autocast_enabled("cpu"):
-        hidden, tokens = pad(hidden, surplus(count)), pad(tokens, surplus(count))
+        hidden, tokens = pad(hidden, missing(count)), pad(tokens, missing(count))
     parts = []
     for chunk in zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True):
         if count <= CHUNK:

@@ -1,6 +1,6 @@
 """Twin of sampling.generate for a CPU: weights are packed once, in the order in which oneDNN multiplies few rows.
 
-A plain product of few rows spends much of its time on bringing the weight into that order, at every token anew. The
+A plain product of few rows spends much of its time on reordering the weight, again at every token. The
 price is a copy of the weights while sampling.
 """
 

@@ -15,8 +15,8 @@ from socratiq.policy import Policy
 MULTIPLE = 32
 
 
-def surplus(tokens: int) -> int:
-    """How many tokens are missing to a multiple of 32."""
+def missing(tokens: int) -> int:
+    """How many tokens fill up to a multiple of 32."""
     return -tokens % MULTIPLE
 
 
@@ -28,6 +28,6 @@ def pad(x: torch.Tensor, count: int) -> torch.Tensor:
 def padded_hidden(policy, input_ids, position_ids, attend, read) -> torch.Tensor:
     """Policy.hidden, with more tokens behind the rows of a batch. They see nothing, and none of them is read."""
     if isinstance(attend, ShortRows):  # not in the sampler, whose attention is its cache's
-        more = surplus(len(input_ids))
+        more = missing(len(input_ids))
         input_ids, position_ids = pad(input_ids, more), pad(position_ids, more)
     return Policy.hidden(policy, input_ids, position_ids, attend, read)

@@ -1,7 +1,7 @@
 """Grades by an API model, from 1 to 5, by a rubric: an opinion from outside the project about every question.
 
-Every answer is on the disk before the next one is used, so a killed run pays for nothing twice. A question that two
-stages share is paid for once.
+Every answer is on the disk before the next one is used, so after a kill only requests that were under way are paid
+again. A question that two stages share is paid for once.
 """
 
 import json

@@ -80,7 +80,7 @@ def ask(policy, tokenizer, tasks: list[Task], args, title: str) -> list[dict]:
 def read(policy, tokenizer, tasks: list[Task], records: list[dict], args) -> None:
     """Add "base_nats" to each record, minus the log-prob of the question given its prompt, and "base_tokens".
 
-    All questions of a task hang on one prompt, which is run once (socratiq/batch.py). Texts are tokenised anew, so that
+    All questions of a task share one prompt, which is run once (socratiq/batch.py). Texts are tokenised anew, so that
     a stage may have another vocabulary.
     """
     of_task: dict[tuple, list[dict]] = {(task.number, task.type): [] for task in tasks}

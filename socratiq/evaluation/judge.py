@@ -1,8 +1,8 @@
-"""A second opinion for evaluation only: a classifier of question types that no stage has met.
+"""A second opinion for evaluation only: a classifier of question types that no stage is trained on.
 
-A policy that has learnt to please the scorer need not please anybody else. The judge shares nothing with the scorer:
+A policy that has learnt to please the scorer need not please anybody else. The judge has little in common with it:
 
-- other texts: it learns from its own share of the training texts (`scorer.grading.rows_to_learn_from`);
+- other texts: its own share of the training texts, unless they are too few (`scorer.grading.rows_to_learn_from`);
 - other features: runs of characters and the first words of a question, not words and word pairs;
 - another objective: least squares, not likelihood.
 
@@ -45,7 +45,9 @@ class Judge(NamedTuple):
         rows = sorted((zlib.crc32(row.context.encode()), row.question, row.type) for row in rows if row.type)[:MAX_ROWS]
         types = sorted({name for *_, name in rows} - {"others"})
         if not types:
-            raise UserError("too few rows to fit the judge: none that is not held out has a type")
+            raise UserError(
+                "too few rows to fit the judge: no row outside the held-out texts has a type; give more rows"
+            )
         present = torch.zeros(len(rows), BUCKETS)
         for i, (_, question, _) in enumerate(rows):
             present[i, buckets(question)] = 1.0

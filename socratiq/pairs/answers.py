@@ -1,4 +1,4 @@
-"""Answers to requests: asked for in parallel, on the disk before they are used, never paid for twice."""
+"""Answers to requests: asked for in parallel, on the disk before they are used, never asked for again."""
 
 import hashlib
 import json
@@ -138,7 +138,7 @@ def ask_all(writer, requests: list[Request], log: AnswerLog, title: str) -> dict
             log.add(group, answers)
             if any(answer.text.strip() or answer.finish != "length" for answer in answers):
                 return failures.clear()
-            failures.append("no word before --api-max-tokens, as of reasoning models; raise it")
+            failures.append("all tokens went before a word, as with reasoning models (make_pairs.py: --api-max-tokens)")
         except NoAnswer as failure:
             unanswered.update({request.row: f"no answer: {failure}" for request in group})
             if not isinstance(failure, Refused) or not log.answers:

@@ -1,4 +1,4 @@
-"""A pair in the making: the question that needs a rejected one, the words that ask for it, the look at the answer.
+"""One pair: its chosen question, the request for a rejected one, the check of the answer.
 
 make_pairs.py runs the loop, writers.py carries the requests. No torch, no HTTP.
 """

@@ -73,7 +73,7 @@ class OpenAIWriter:
         except openai.APIStatusError as error:
             raise self._judge(error) from None
         except openai.APITimeoutError:
-            raise NoAnswer("the server took too long (--timeout)") from None
+            raise NoAnswer("the server took too long (make_pairs.py: --timeout)") from None
         except openai.OpenAIError as error:
             raise NoAnswer(f"connection: {self.scrub(error.__cause__ or error)}") from None
         except (TypeError, AttributeError, LookupError):  # JSON of a shape that no server should send

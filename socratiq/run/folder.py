@@ -70,7 +70,7 @@ class Run:
         for name in INPUTS:
             value = vars(args).get(name)
             if value and (content := fingerprint(value)):
-                self.arguments[f"{name} of content"] = content
+                self.arguments[f"content of --{name}"] = content
         self.asked_to_stop = 0  # the signal
         self.in_step = False
         self.finished = self._in_first(self._check_folder)
@@ -97,7 +97,8 @@ class Run:
             return False
         # An argument that only one of them knows belongs to another version of this project.
         for name in sorted(before.keys() & now.keys() - FREE_ARGUMENTS):
-            says = f"{self.out} was begun with --{name.replace('_', '-')} {before[name]}, now it is {now[name]}"
+            differs = f"--{name.replace('_', '-')} {before[name]}, now it is {now[name]}"
+            says = f"{self.out} was begun with {f'other {name}' if name.startswith('content') else differs}"
             check(before[name] == now[name], f"{says}; use the old one, --restart to begin anew, or another --out")
         finished = (self.out / "summary.json").exists()
         if finished:

@@ -1,7 +1,7 @@
 """What a frozen language model can say about a question: is it fluent, is it about this text, of which type is it?
 
 Two readings answer all three: log-probs and hidden states of the question after the text, and after an empty text.
-Questions about the same text hang on one run of that text.
+Questions about the same text share one run of that text.
 """
 
 import math
@@ -56,8 +56,7 @@ class LanguageModel:
 
         with self.policy.reference() as policy:
             layers = policy.lm.model.layers
-            deepest = max(1, len(layers) - 1)  # the last layer may run on scored tokens alone
-            low, high = (layers[min(deepest, math.ceil(depth * len(layers))) - 1] for depth in DEPTHS)
+            low, high = (layers[math.ceil(depth * len(layers)) - 1] for depth in DEPTHS)
             with low.register_forward_hook(keep), high.register_forward_hook(keep):
                 batch = make_batch([prompt], [completions]).to(policy.device)
                 logprobs = token_logprobs(policy, batch)["logprobs"][0].float().cpu()  # (K, C)
