@@ -29,8 +29,6 @@ def watch():
             return x.detach().clone()
         if isinstance(x, dict):
             return {name: kept(value) for name, value in x.items()}
-        if isinstance(x, tuple) and hasattr(x, "_asdict"):
-            return {name: kept(value) for name, value in x._asdict().items()}
         if isinstance(x, (list, tuple)):
             return [kept(value) for value in x]
         return x if isinstance(x, (int, float, str, bool, type(None))) else type(x).__name__

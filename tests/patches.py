@@ -3,14 +3,12 @@
 And a reward for train_ppo.py --reward, since an untrained model earns nothing from the scorer.
 """
 
-import os
 import resource
 
 
 def small_disk():
-    """No file may grow beyond $LIMIT bytes, as if the disk were full: the system then says EFBIG."""
-    limit = int(os.environ["LIMIT"])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    """No file may grow beyond 20 kB, as if the disk were full: the system then says EFBIG."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
 def slow_steps():
