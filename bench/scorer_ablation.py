@@ -4,24 +4,54 @@
     python bench/scorer_ablation.py --data rows.csv --model smollm2 --texts 300  # with a language model: long on a CPU
 
 Every row is graded by a scorer that saw neither it nor its text. AUC: how often a genuine question, asked for its own
-type, earns more than an attack. Nothing in the scorer is fitted on any of the attacks (tests/attacks.py).
+type, earns more than an attack. Nothing in the scorer is fitted on any of the attacks, here and in tests/attacks.py.
 """
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from attacks import Attack, another_text, auc, degenerate, rare_word
+from attacks import Attack, degenerate
 
 from socratiq.data import load_rows
 from socratiq.scorer.gates import GATES
 from socratiq.scorer.grading import figures, place
 from socratiq.scorer.language_model import open_language_model
 from socratiq.scorer.scorer import EXPONENT, Scorer, cross_validate, mean_opinion
+
+
+def another_text(rows) -> list[Attack]:
+    """Each genuine question put to a text it was not asked about, under its own type."""
+    step = max(1, len(rows) // 2)
+    pairs = [(r, rows[(i + step) % len(rows)]) for i, r in enumerate(rows)]
+    return [Attack("another text", o.context, r.question, r.type) for r, o in pairs if o.context != r.context]
+
+
+TEMPLATES = ("Why do you think {} matters?", "What do you mean by {}?", "Are you assuming that {} is real?")
+
+
+def rare_word(rows) -> list[Attack]:
+    """One fluent frame around the rarest long word of the text: relevant at a glance, the same question every time."""
+    texts = [{w.strip(".,;:!?\"'()").lower() for w in r.context.split()} for r in rows]
+    count = Counter(w for text in texts for w in text)
+    found = []
+    for i, (r, text) in enumerate(zip(rows, texts, strict=True)):
+        long_words = (w for w in text if w.isalpha() and len(w) > 4)
+        rarest = min(long_words, key=lambda w: (count[w], -len(w), w), default="it")
+        found.append(Attack("rare word", r.context, TEMPLATES[i % len(TEMPLATES)].format(rarest), r.type))
+    return found
+
+
+def auc(high: torch.Tensor, low: torch.Tensor) -> float:
+    """Probability that a number of `high` (N,) is above one of `low` (M,), ties counting half."""
+    low = low.sort().values
+    below, upto = (torch.searchsorted(low, high, right=right).double() for right in (False, True))
+    return ((below + upto) / 2).mean().item() / len(low)
 
 
 def groups(scorer: Scorer, held, broken_rows: int) -> dict[str, list[Attack]]:

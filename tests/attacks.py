@@ -1,16 +1,14 @@
 """Strings that try to fool a reward: what a policy finds when it chases the number instead of the question.
 
-`degenerate` breaks genuine questions in 31 ways, `another_text` and `rare_word` are fluent but miss the text, and
-`climb` searches by itself, word by word, for whatever a reward pays. A reward that can be trusted pays all of them less
-than it pays an average genuine question. Everything is deterministic in its rows and its seed.
+`degenerate` breaks genuine questions in 31 ways, and `climb` searches word by word for anything that a reward pays. A
+reward that can be trusted pays all of them less than it pays an average genuine question. Everything is deterministic
+in its rows and its seed. Fluent questions that miss the text are in bench/scorer_ablation.py.
 """
 
 import random
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
-
-import torch
 
 from socratiq.prompts import build_prompt
 
@@ -25,6 +23,7 @@ class Attack(NamedTuple):
 FOREIGN = ("Warum glauben Sie das eigentlich?", "¿Por qué piensas que eso es cierto?", "Почему вы так думаете?")
 FOREIGN += ("Pourquoi pensez-vous que c'est vrai ?", "Che cosa intendi con questa affermazione?")
 FOREIGN += ("你为什么这样认为？", "なぜそう思うのですか？", "لماذا تعتقد ذلك؟")
+INSTRUCTION = "You will see a text and you should generate one critical question in the format"
 FIXED = {
     "empty": ("", " ", "\n"),
     "punctuation": ("?", "???", "!?", "...?", "? ? ?", ". , ; ?", "-- ?", '"?"'),
@@ -96,39 +95,12 @@ def broken(row, other: str, cues: list[str], rng: random.Random):
     yield "tail of text", " ".join([*words[:3], *picked]) + "?"
     yield "text shuffled", " ".join(picked).capitalize() + "?"
     yield "prompt echo", build_prompt(row.context, row.type)
-    yield (
-        "template echo",
-        f"You will see a text and you should generate one critical question in the format {row.type}?",
-    )
+    yield "template echo", f"{INSTRUCTION} {row.type}?"
     yield "type named", f"{row.type} {row.type.lower()} question for this text?"
     yield "400 words", " ".join((words * 400)[:399]) + "?"
     yield "newlines", "\n".join(words) + "?"
     yield "special token", f"<|im_start|>assistant {row.question}"
     yield "emoji between", " 🤔 ".join(words) + "?"
-
-
-def another_text(rows) -> list[Attack]:
-    """Each genuine question put to a text it was not asked about, under its own type."""
-    rows = [r for r in rows if r.type != "others"]
-    step = max(1, len(rows) // 2)
-    pairs = [(r, rows[(i + step) % len(rows)]) for i, r in enumerate(rows)]
-    return [Attack("another text", o.context, r.question, r.type) for r, o in pairs if o.context != r.context]
-
-
-TEMPLATES = ("Why do you think {} matters?", "What do you mean by {}?", "Are you assuming that {} is real?")
-
-
-def rare_word(rows, templates: tuple[str, ...] = TEMPLATES) -> list[Attack]:
-    """One fluent frame around the rarest long word of the text: relevant at a glance, the same question every time."""
-    rows = [r for r in rows if r.type != "others"]
-    texts = [{w.strip(".,;:!?\"'()").lower() for w in r.context.split()} for r in rows]
-    count = Counter(w for text in texts for w in text)
-    found = []
-    for i, (r, text) in enumerate(zip(rows, texts, strict=True)):
-        long_words = (w for w in text if w.isalpha() and len(w) > 4)
-        rarest = min(long_words, key=lambda w: (count[w], -len(w), w), default="it")
-        found.append(Attack("rare word", r.context, templates[i % len(templates)].format(rarest), r.type))
-    return found
 
 
 def climb(
@@ -161,10 +133,3 @@ def climb(
             value = max(values)
             best = edits[values.index(value)]
     return " ".join(best) + "?", value
-
-
-def auc(high: torch.Tensor, low: torch.Tensor) -> float:
-    """Probability that a number of `high` (N,) is above one of `low` (M,), ties counting half."""
-    low = low.sort().values
-    below, upto = (torch.searchsorted(low, high, right=right).double() for right in (False, True))
-    return ((below + upto) / 2).mean().item() / len(low)

@@ -5,12 +5,12 @@ python bench/scorer_ablation.py                     what each kind of string ear
 """
 
 import random
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import attacks
 import pytest
 
-from socratiq.data import Row, load_rows, split_by_context
+from socratiq.data import load_rows, split_by_context
 from socratiq.evaluation.measures import well_formed
 from socratiq.models import load_tokenizer
 from socratiq.prompts import decode, encode_completion
@@ -19,25 +19,17 @@ from socratiq.scorer.language_model import open_language_model
 from socratiq.scorer.scorer import Scorer
 
 
-class Suite(NamedTuple):
-    """Genuine questions about held-out texts, and what is made of them."""
-
-    learn_from: list[Row]
-    genuine: list[Row]
-    strings: list[attacks.Attack]
-
-
 @pytest.fixture(scope="module")
-def suite() -> Suite:
-    """Attacks on one question a held-out text, of another type each time; genuine are all questions about them."""
+def suite() -> SimpleNamespace:
+    """Genuine questions about held-out texts, and attacks on one of them a text, of another type each time."""
     learn_from, held_out = split_by_context(load_rows("sample"), 0.1, seed=0)
     genuine = [row for row in held_out if row.type != "others"]
     texts, types = (sorted({row[field] for row in genuine}) for field in (0, 2))
     attacked = [r for r in genuine if types.index(r.type) == texts.index(r.context) % len(types)]
-    return Suite(learn_from, genuine, attacks.degenerate(attacked))
+    return SimpleNamespace(learn_from=learn_from, genuine=genuine, strings=attacks.degenerate(attacked))
 
 
-def graded(scorer: Scorer, suite: Suite) -> tuple[float, list[tuple[attacks.Attack, float]]]:
+def graded(scorer: Scorer, suite) -> tuple[float, list[tuple[attacks.Attack, float]]]:
     """What the scorer pays: the mean of genuine questions, and each string with its reward."""
     genuine = scorer.reward(*zip(*[row[:3] for row in suite.genuine], strict=True))
     rewards = scorer.reward(*zip(*[attack[1:] for attack in suite.strings], strict=True))
@@ -70,12 +62,6 @@ def test_a_control_token_in_mid_question_is_seen(suite, name):
             asked = decode(tokenizer, [*ids[:place], control, *ids[place:]])
             assert tokenizer.decode([control]) in asked
             assert gates.form(asked) == 0 and not well_formed(asked, row.context), asked
-
-
-@pytest.mark.parametrize("markup", ["[TOOL_CALLS]", "[/INST]", "<｜User｜>", "<pad>", "<0x0A>"])
-def test_the_control_tokens_of_other_families_are_seen(markup):
-    assert gates.form("Why would more phones make pupils quieter?") > 0
-    assert gates.form(f"Why would more {markup} phones make pupils quieter?") == 0
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,7 @@ def test_strengths_are_one_probability_a_type_and_find_the_type(scorer):
     assert strengths.shape == (len(types), 3) and strengths.dtype == torch.float32
     assert ((strengths > 0) & (strengths < 1)).all()
     assert [scorer.types[i] for i in strengths.argmax(1)] == types
+    assert scorer.strengths([], []).shape == (0, 3)
 
 
 def test_a_question_can_be_of_two_types_or_of_none(scorer):
@@ -98,14 +99,6 @@ def test_a_question_can_be_of_two_types_or_of_none(scorer):
     assert clarity > 0.4 and assumptions > 0.4 and reasons < 0.2 and of_none.max() < 0.2
 
 
-def test_each_question_is_graded_by_itself(scorer):
-    questions = [r.question for r in ROWS[:20]]
-    together = scorer.strengths([""] * 20, questions)
-    alone = torch.cat([scorer.strengths([""], [q]) for q in questions])
-    assert torch.allclose(together, alone, atol=1e-6)
-    assert scorer.strengths([], []).shape == (0, 3)
-
-
 def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
     scorer.save(tmp_path / "a")
     Scorer.fit(random.Random(1).sample(ROWS, len(ROWS))).save(tmp_path / "b")
@@ -113,17 +106,12 @@ def test_the_same_rows_in_any_order_give_the_same_bytes(tmp_path, scorer):
     assert first == again and first.keys() == {"scorer.json", "scorer.safetensors"}
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "problem"),
-    [
-        ("scorer.json", "{", ""),
-        ("scorer.json", "[]", ""),
-        ("scorer.safetensors", "cut", ""),
-        ("scorer.json", "{}", "another version of socratiq"),
-        # its weights belong to other features: it would grade, and wrongly
-        ("scorer.json", json.dumps({"version": VERSION - 1}), "another version of socratiq"),
-    ],
-)
+HARMS = [("scorer.json", "{", ""), ("scorer.json", "[]", ""), ("scorer.safetensors", "cut", "")]
+# The weights of another version belong to other features: they would grade, and wrongly.
+HARMS += [("scorer.json", json.dumps({"version": other}), "another version") for other in (None, VERSION - 1)]
+
+
+@pytest.mark.parametrize(("name", "content", "problem"), HARMS)
 def test_a_folder_that_is_no_scorer_of_this_version_is_refused(tmp_path, scorer, name, content, problem):
     scorer.save(tmp_path)
     (tmp_path / name).write_text(content)
@@ -137,12 +125,8 @@ def test_a_folder_that_is_no_scorer_of_this_version_is_refused(tmp_path, scorer,
 ANALOGY = Row("A text of stones.", "Is a stone like a star?", "Analogy", "")
 
 
-FEW = [
-    [r for r in ROWS if r.type == "Clarity"],
-    [*ROWS, ANALOGY],  # a type with a single row
-    [r for r in ROWS if r.type != "others"],  # no negatives
-    ROWS[:1],
-]
+# One type, no negatives, a type with a single row, one row.
+FEW = [[r for r in ROWS if r.type == "Clarity"], [r for r in ROWS if r.type != "others"], [*ROWS, ANALOGY], ROWS[:1]]
 
 
 @pytest.mark.parametrize("rows", FEW)
@@ -210,34 +194,24 @@ def test_genuine_questions_pay_little_for_the_gates(scorer):
 
 # --- gates, by hand -------------------------------------------------------------------------------------------------
 
+MARKUP = ["<|im_end|>", "[TOOL_CALLS]", "[/INST]", "<｜User｜>", "<pad>", "<0x0A>"]  # of several model families
+
 
 @pytest.mark.parametrize(
-    ("question", "expected"),
+    ("expected", "questions"),
     [
-        ("Why do you think so?", 1.0),
-        ("  Why do you think so?  ", 1.0),
-        ("Why do you think so ?", 1.0),
-        ("Why do you call this “fair”?", 1.0),
-        ("So, do, you, really think so?", 0.5),  # a mark for two words: less than .4 a word cost nothing, .6 all
-        ("What if?", 0.25),  # two words of the five that pay nothing
-        ("Why do you?", 0.5),
-        ("Why do you think so", 0.0),
-        ("Why do you think so.", 0.0),
-        ("Why? Do you think so?", 0.0),
-        ("Why do you think so??", 0.0),
-        ("Why do you\nthink so?", 0.0),
-        ("Why?", 0.0),
-        ("", 0.0),
-        ("Why do you think so <|im_end|>?", 0.0),
-        ("why why why why why why why?", 0.0),
-        ("why do you why do you why do you?", 0.0),
-        (" ".join(f"w{i}" for i in range(24)) + "?", 1.0),
-        (" ".join(f"w{i}" for i in range(35)) + "?", 0.5),
-        (" ".join(f"w{i}" for i in range(46)) + "?", 0.0),
+        (1, ["Why do you think so?", "  Why do you think so?  ", "Why do you think so ?", "Why is that “fair” then?"]),
+        (0.5, ["So, do, you, really think so?"]),  # a mark for two words: less than .4 a word cost nothing, .6 all
+        (0.25, ["What if?"]),  # two words of the five that pay nothing
+        (0.5, ["Why do you?"]),
+        (0, ["Why do you think so", "Why? Do you think so?", "Why do you think so??", "Why do you\nthink so?", "Why?"]),
+        (0, [f"Why do you think so {markup}?" for markup in MARKUP]),
+        (0, ["why why why why why why why?", "why do you why do you why do you?"]),
+        *((share, [" ".join(f"w{i}" for i in range(n)) + "?"]) for n, share in ((24, 1), (35, 0.5), (46, 0))),
     ],
 )
-def test_form(question, expected):
-    assert gates.form(question) == pytest.approx(expected)
+def test_form(expected, questions):
+    assert [gates.form(question) for question in questions] == pytest.approx([expected] * len(questions))
 
 
 def test_ramp():
@@ -337,13 +311,6 @@ def test_calibrated_makes_bold_weights_modest():
     assert torch.sigmoid(new @ bold + bold_bias).std() > 0.2
     fair = torch.sigmoid(new @ weight + bias)
     assert fair.std() < 0.1 and abs(fair.mean() - y.mean()) < 0.05
-
-
-def test_ngrams_are_a_set_and_keep_order():
-    a, b = logistic.ngrams("Do you see why"), logistic.ngrams("Why you see do")
-    assert a == sorted(set(a)) and a != b
-    assert logistic.ngrams("DO you  see why") == a
-    assert set(logistic.ngrams("you")) < set(logistic.ngrams("you you")) | set(logistic.ngrams("you"))
 
 
 # --- the second layer -----------------------------------------------------------------------------------------------
