@@ -42,6 +42,10 @@ def csv_row(line: bytes) -> bytes:
     return GOOD + line + b"\n"
 
 
+def pair(**changed) -> bytes:
+    return json.dumps({**PAIR, **changed}).encode()
+
+
 def json_line(**changed) -> bytes:
     row = {"context": "Some text.", "question": "Why?", "type": "clarity"}
     return (json.dumps(row) + "\n" + json.dumps({**row, **changed}) + "\n").encode()
@@ -54,6 +58,7 @@ COLUMNS = "; name one of them context or thought or intervention"
 MANY = ": cannot be read (row {}, around line {}: more or fewer cells than the 3 columns"
 CELLS = "; put a cell that holds ',' or quotes in double quotes, and write its own quotes twice)" + UNREADABLE
 EMPTY = "is empty; fill it in or remove the row"
+PAIR = {"prompt": "Ask.", "chosen": "Why?", "rejected": "What?"}
 NAME = "; expected a name of at most 80 characters such as 'Cause to effect'"
 
 FILES = [  # each message begins with the path of the file; tests/test_fuzz.py tries files of any other content
@@ -111,6 +116,13 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
     ("rows.json", b'{"A": {"intervention": "a", "cqs": ["b"]}}', " row 1: expected an object of named fields, ..."),
     ("rows.json", b'{"A": {"intervention": "a", "cqs": [{"label": "Useful"}]}}', ": no column for the question; ..."),
     ("rows.json", b'{"A": {"cqs": [{"cq": "b", "label": "Useful"}]}}', ": no column for the context; ..."),
+    # ---- pairs, which the same readers read
+    ("pairs.jsonl", b"\n", ": no pairs in the file; run make_pairs.py"),
+    ("pairs.jsonl", b'{"bad": "b"}', ": no column for the prompt; the columns are 'bad'; name one of them prompt"),
+    ("pairs.jsonl", pair(chosen=" \n"), f" row 1: the chosen {EMPTY}"),
+    ("pairs.jsonl", pair(chosen="What? \u200b"), " row 1: chosen and rejected are the same text; remove the row"),
+    ("pairs.jsonl", pair(rejected=3), " row 1: the rejected is 3 (int); write it as text"),
+    ("pairs.jsonl", pair(prompt=["Ask."]), " row 1: the prompt is ['Ask.'] (list); write it as text"),
 ]
 
 
@@ -118,7 +130,8 @@ FILES = [  # each message begins with the path of the file; tests/test_fuzz.py t
 def test_bad_files(tmp_path, capsys, name, content, expected):
     path = tmp_path / name
     path.write_bytes(content)
-    assert_same(message_of(capsys, lambda: load_rows(str(path))), str(path) + expected)
+    load = load_pairs if "pairs" in name else load_rows
+    assert_same(message_of(capsys, lambda: load(str(path))), str(path) + expected)
 
 
 def test_a_bad_cell_of_a_table(tmp_path, capsys):
@@ -153,24 +166,6 @@ def test_bad_sources(tmp_path, monkeypatch, capsys, source, expected):
     assert_same(message_of(capsys, lambda: load_rows(source)), expected)
 
 
-PAIR = {"prompt": "Ask.", "chosen": "Why?", "rejected": "What?"}
-PAIRS = [  # read as rows are
-    (b"\n", ": no pairs in the file; run make_pairs.py"),
-    (b'{"question": "Why?", "bad": "b"}', ": no column for the prompt; the columns are ...; name one of them prompt"),
-    ({**PAIR, "chosen": " \n"}, f" row 1: the chosen {EMPTY}"),
-    ({**PAIR, "chosen": "What? \u200b"}, " row 1: chosen and rejected are the same text; remove the row"),
-    ({**PAIR, "rejected": 3}, " row 1: the rejected is 3 (int); write it as text"),
-    ({**PAIR, "prompt": ["Ask."]}, " row 1: the prompt is ['Ask.'] (list); write it as text"),
-]
-
-
-@pytest.mark.parametrize("content, expected", PAIRS)
-def test_bad_pairs(tmp_path, capsys, content, expected):
-    path = tmp_path / "pairs.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
-    assert_same(message_of(capsys, lambda: load_pairs(str(path))), str(path) + expected)
-
-
 # ---------------------------------------------------------------------------------------------------- the four scripts
 
 # Short names in the tables below; what a command names more than once, the last one counts.
@@ -182,39 +177,35 @@ COMMANDS = {
 }
 
 ARGUMENTS = [  # before anything slow is imported; each message ends in (see SCRIPT --help)
-    ("train_sft --batch-size -3", "argument --batch-size: must be at least 1, not -3"),
     ("train_sft --batch-size x", "argument --batch-size: 'x' is not a whole number"),
-    ("train_sft --steps 0", "argument --steps: must be at least 1, not 0"),
     ("train_sft --epochs 1.5", "argument --epochs: '1.5' is not a whole number"),
-    ("train_sft --lr 0", "argument --lr: must be above 0, not 0"),
-    ("train_sft --lr nan", "argument --lr: must be above 0, not nan"),
-    ("train_sft --held-out 1", "argument --held-out: must be below 1, not 1"),
-    ("train_sft --lora-rank -1", "argument --lora-rank: must be at least 0, not -1"),
     ("train_sft --dtype int8", "argument --dtype: invalid choice: 'int8' (...)"),
     ("train_sft --device tpu", "argument --device: invalid choice: 'tpu' (...)"),
     ("train_sft --batch 4", "unrecognized arguments: --batch 4"),
     ("train_sft --model", "argument --model: expected one argument"),
-    ("train_dpo --beta 0", "argument --beta: must be above 0, not 0"),
-    ("train_dpo --beta inf", "argument --beta: must be finite, not inf"),
     ("train_dpo --label-smoothing 0.5", "argument --label-smoothing: must be below 0.5, not 0.5"),
     ("train_dpo --label-smoothing 0.1 --loss ipo", "--label-smoothing: only the sigmoid loss knows it;..."),
     ("train_dpo --loss kto", "argument --loss: invalid choice: 'kto' (...)"),
     ("train_ppo --kl-target 1 --kl-horizon 10", "--kl-horizon: must be above a fifth of an iteration's samples,..."),
-    ("train_ppo --temperature 0", "argument --temperature: must be above 0, not 0"),
-    ("train_ppo --samples-per-prompt 0", "argument --samples-per-prompt: must be at least 1, not 0"),
-    ("train_ppo --gamma 1.1", "argument --gamma: must be at most 1, not 1.1"),
-    ("train_ppo --kl-coef -1", "argument --kl-coef: must be at least 0, not -1"),
-    ("make_pairs --limit 0", "argument --limit: must be at least 1, not 0"),
-    ("make_pairs --concurrency -1", "argument --concurrency: must be at least 1, not -1"),
-    ("make_pairs --timeout nan", "argument --timeout: must be above 0, not nan"),
     ("make_pairs --usd-per-mtok -1 1", "argument --usd-per-mtok: must be at least 0, not -1"),
-    ("make_pairs --held-out 1", "argument --held-out: must be below 1, not 1"),
-    ("make_pairs --chosen-min 2", "argument --chosen-min: must be at most 1, not 2"),
     ("make_pairs --rejected-max 0.9", "--rejected-max 0.9: must not be above --chosen-min 0.4"),
     ("make_pairs --shard 5/4", "argument --shard: '5/4' is not like 1/4, the first of four parts"),
     ("make_pairs --max-usd 1", "--max-usd: give the prices too, --usd-per-mtok IN OUT"),
     ("make_pairs --writer pigeon", "argument --writer: invalid choice: 'pigeon' (...)"),
 ]
+BOUNDS = {  # what is said of a number, and the options that refuse it
+    "must be at least 1, not 0": ["train_sft --steps", "train_ppo --samples-per-prompt", "make_pairs --limit"],
+    "must be at least 1, not -3": ["train_sft --batch-size", "make_pairs --concurrency"],
+    "must be at least 0, not -1": ["train_sft --lora-rank", "train_ppo --kl-coef"],
+    "must be above 0, not 0": ["train_sft --lr", "train_dpo --beta", "train_ppo --temperature"],
+    "must be above 0, not nan": ["train_sft --lr", "make_pairs --timeout"],
+    "must be finite, not inf": ["train_dpo --beta"],
+    "must be below 1, not 1": ["train_sft --held-out", "make_pairs --held-out"],
+    "must be at most 1, not 1.1": ["train_ppo --gamma", "make_pairs --chosen-min"],
+}
+for said, options in BOUNDS.items():
+    number = said.split()[-1]
+    ARGUMENTS += [(f"{option} {number}", f"argument {option.split()[1]}: {said}") for option in options]
 MODELS = "name smollm2, tiny, a folder that a stage wrote, or a Hub id owner/name"
 NO_SCORER = ": no scorer that can be read (...); fit one with python -m socratiq.scorer --out "
 SEEN = "--scorer scorer was fitted on 1 of the 1 held-out texts; delete it, and make_pairs.py will fit it anew"
@@ -225,7 +216,7 @@ NOT_MADE_HERE = "a folder, or not made here (no ... beside it); choose another (
 RUNS = [
     # ---- data
     ("SFT --data gone.csv", f"gone.csv: {HOW}"),
-    ("SFT --data others.jsonl", "others.jsonl: no rows to learn from; every row is labelled 'others'"),
+    ("SFT --data others.jsonl", "others.jsonl: no rows to learn from: all are labelled 'others' or ...; add others"),
     ("SFT --data bad.csv", f"bad.csv row 1: the question {EMPTY}"),
     ("SFT --max-prompt-tokens 5", "--max-prompt-tokens 5: the template alone takes ... tokens; allow more than that"),
     ("DPO --pairs gone.jsonl", "gone.jsonl: no such file or folder; make_pairs.py writes the file that --pairs takes"),
@@ -248,7 +239,7 @@ RUNS = [
     ("SFT --model wordless", "--model wordless: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model garbled", "--model garbled: no tokenizer that can be read (...); name smollm2, tiny, ..."),
     ("SFT --model cut", "--model cut: no model that can be read (...)"),
-    ("SFT --model holed", "--model holed: 1 weights are missing, such as ...; write it anew"),
+    ("SFT --model holed", "--model holed: 1 weights are missing, such as ...; get it anew"),
     ("SFT --model other", "--model other: GPT2LMHeadModel has no .model.layers and .lm_head; use a Llama-like model"),
     ("SFT --model remote", "--model remote: no tokenizer that can be read (...custom code...); name ..."),
     ("SFT --load-in-4bit --lora-rank 0", "--load-in-4bit: weights of 4 bits cannot be trained; use adapters (...)"),
