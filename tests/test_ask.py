@@ -2,8 +2,8 @@
 
 import io
 import json
-import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,9 +20,7 @@ def typed(monkeypatch):
     """Standard input: not a terminal, with these bytes in it."""
 
     def put(content: bytes, terminal: bool = False):
-        stream = io.TextIOWrapper(io.BytesIO(content))
-        monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
-        monkeypatch.setattr(sys, "stdin", stream)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content), isatty=lambda: terminal))
 
     return put
 
@@ -45,9 +43,6 @@ def test_questions_are_ranked_by_the_reward(inputs):
     ranked = ask.rank(scorer, TEXT, "Clarity", SAID)
     assert ranked[0]["question"] == SAID[1] and ranked[0]["reads_as"] == "Clarity"
     assert [r["reward"] for r in ranked] == sorted((r["reward"] for r in ranked), reverse=True)
-    for record in ranked:
-        strength, *gates = record["parts"].values()
-        assert record["reward"] == pytest.approx(strength**0.5 * math.prod(gates), abs=0.01)  # parts are rounded
     expected = scorer.reward([TEXT] * 3, [record["question"] for record in ranked], ["Clarity"] * 3).tolist()
     assert [record["reward"] for record in ranked] == pytest.approx(expected, abs=1e-4)
     assert ask.rank(None, TEXT, "Clarity", SAID) == [{"question": question} for question in SAID]
@@ -108,8 +103,6 @@ def test_a_missing_text_is_one_line(command, typed):
         command("--file", "none.txt")
     with pytest.raises(UserError, match="no text: give one in quotes"):
         command()
-    with pytest.raises(SystemExit):
-        command("a", "--file", "b")
 
 
 def test_a_text_that_is_cut_is_warned_of(inputs, capsys):

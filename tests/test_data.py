@@ -93,10 +93,6 @@ def test_parquet_with_numbered_classes(tmp_path):
     assert rows[2].source == f"{tmp_path}/rows.parquet row 3"
 
 
-def test_one_object_is_one_row(rows_of_file):
-    assert plain(rows_of_file(json.dumps(RECORDS[0], indent=1), "one.json")) == EXPECTED[:1]
-
-
 def test_sources_name_the_row(tmp_path, rows_of_file):
     """Of a csv without the header, as a spreadsheet's reader counts; blank lines do not count anywhere."""
     gaps = "context,question,type\n\n" + as_csv(RECORDS).split("\n", 1)[1]
@@ -131,16 +127,12 @@ def test_a_folder_of_save_to_disk(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("thought", "question", "label"),
-        ("Context", "Question", "Type"),
-        ("THOUGHT", " question", "schema"),
-    ],
-)
+SPELLINGS = ["thought,question,label", "Context,Question,Type", "THOUGHT, question,schema", "intervention,cq,type"]
+
+
+@pytest.mark.parametrize("names", SPELLINGS)
 def test_column_spellings(rows_of_file, names):
-    rows = rows_of_file(f",{','.join(names)},id\n0,I think so.,Why?,reasons_evidence,7\n")
+    rows = rows_of_file(f",{names},id\n0,I think so.,Why?,reasons_evidence,7\n")
     assert plain(rows) == [("I think so.", "Why?", "Reasons and evidence")]
 
 
@@ -162,15 +154,11 @@ def test_a_label_in_front_of_every_context_is_cut_off_with_a_count(rows_of_file,
     assert capsys.readouterr().err.endswith(said)
 
 
-@pytest.mark.parametrize(
-    "contexts",
-    [
-        ["reasons: there are three of them"],  # a label of other data, and the start of a sentence
-        ["Clarity: a word on it."],
-        ["clarity:"],
-        ["clarity: I think so.", "I think not."],  # not in front of every one
-    ],
-)
+UNCUT = [["reasons: there are three of them"], ["Clarity: a word on it."]]  # a label of other data, a sentence
+UNCUT += [["clarity:"], ["clarity: I think so.", "I think not."]]  # no text, and not in front of every one
+
+
+@pytest.mark.parametrize("contexts", UNCUT)
 def test_no_other_context_is_cut(rows_of_file, capsys, contexts):
     assert [row.context for row in rows_of_file(asked_about(contexts), "rows.jsonl")] == contexts
     assert capsys.readouterr().err == ""
@@ -238,38 +226,27 @@ def test_the_shared_task_on_critical_questions(tmp_path):
     questions = [{"id": f"A_1_{n}", "cq": question, "label": label} for n, (question, label) in enumerate(asked)]
     text = {"intervention_id": "A_1", "intervention": "A: Trams are loud.", "schemes": ["Sign"], "cqs": questions}
     path.write_text(json.dumps({"A_1": text, "B_1": {**text, "intervention": "B: No.", "cqs": questions[:1]}}))
-    assert load_rows(str(path)) == [
-        ("A: Trams are loud.", "Which noise?", "", f"{path} row 1", "chosen"),
-        ("A: Trams are loud.", "What is a tram?", "", f"{path} row 2", "rejected"),
-        ("A: Trams are loud.", "Do you like trams?", "", f"{path} row 3", "rejected"),
-        ("B: No.", "Which noise?", "", f"{path} row 4", "chosen"),
-    ]
+    rows = load_rows(str(path))
+    assert [row.preference for row in rows] == ["chosen", "rejected", "rejected", "chosen"]
+    assert rows[1][:4] == ("A: Trams are loud.", "What is a tram?", "", f"{path} row 2")
+    assert rows[3][:4] == ("B: No.", "Which noise?", "", f"{path} row 4")
 
 
 # ------------------------------------------------------------------------------------------------- from the network
 
 
-@pytest.fixture
-def server(tmp_path):
-    """(folder, address) of a server on loopback that serves the folder."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder)) as http:
+def test_an_address(tmp_path, monkeypatch):
+    (tmp_path / "rows.csv").write_text(as_csv(RECORDS))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path)) as http:
         threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{http.server_port}/"
+        address = f"http://127.0.0.1:{http.server_port}/"
+        rows = load_rows(address + "rows.csv?raw=true")
+        with pytest.raises(UserError, match=r"gone.csv: cannot be read \(HTTP Error 404"):
+            load_rows(address + "gone.csv")
+        monkeypatch.setattr(data, "SOCRATIQ", address + "rows.csv")
+        assert plain(load_rows("socratiq")) == plain(rows) == EXPECTED
         http.shutdown()
-
-
-def test_an_address(server, monkeypatch):
-    folder, address = server
-    (folder / "rows.csv").write_text(as_csv(RECORDS))
-    rows = load_rows(address + "rows.csv?raw=true")
-    assert plain(rows) == EXPECTED
     assert rows[0].source == address + "rows.csv?raw=true row 1"
-    with pytest.raises(UserError, match=r"gone.csv: cannot be read \(HTTP Error 404"):
-        load_rows(address + "gone.csv")
-    monkeypatch.setattr(data, "SOCRATIQ", address + "rows.csv")
-    assert plain(load_rows("socratiq")) == EXPECTED
 
 
 def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
@@ -301,7 +278,6 @@ def test_the_sample(capsys):
     counts = Counter(row.type for row in rows)
     assert set(counts) == {*(kind.name for kind in TYPES), OTHERS}
     assert min(counts.values()) >= 40
-    assert rows[0].source == "sample row 1"
     assert capsys.readouterr().err == ""
     train, held_out = split_by_context(rows)
     assert {row.type for row in train} == {row.type for row in held_out} == set(counts)
@@ -317,8 +293,6 @@ def rows_of(*contexts):
 def test_split_by_context():
     rows = rows_of(*(f"text {n // 3}" for n in range(3000)))
     train, held_out = split_by_context(rows, held_out=0.1, seed=0)
-    assert len(train) + len(held_out) == 3000
-    assert not {row.context for row in train} & {row.context for row in held_out}
     assert 220 < len(held_out) < 380  # 100 of 1000 contexts, give or take four standard deviations
     assert split_by_context(rows, 0.1, 0) == (train, held_out)
     assert split_by_context(rows, 0.1, 1)[1] != held_out
@@ -345,17 +319,13 @@ def test_nothing_to_hold_out():
 
 def test_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    records = [
-        {"prompt": "Ask.\n", "chosen": " Why?\ud83d", "rejected": "What?", "context": "A text.", "type": "Clarity"},
-        {"prompt": "Ask again.", "chosen": "Why?", "rejected": "What?", "extra": 1},
-        {"prompt": "Ask more.", "chosen": "Why?", "rejected": "What?", "context": None},
-    ]
-    path.write_text("\n" + json_lines(records))
+    full = {"prompt": "Ask.\n", "chosen": " Why?\ud83d", "rejected": "What?", "context": "A text.", "type": "Clarity"}
+    short = {"prompt": "Ask more.", "chosen": "Why?", "rejected": "What?", "context": None, "extra": 1}
+    path.write_text("\n" + json_lines([full, short]))
     pairs = load_pairs(str(path))
     assert pairs[0] == ("Ask.\n", "Why?", "What?", "A text.", "Clarity", f"{path} row 1")
-    assert pairs[1] == ("Ask again.", "Why?", "What?", "", "", f"{path} row 2")
-    train, held_out = split_by_context(pairs, 0.5)  # those without a context go by their prompts
-    assert train and held_out and len(train) + len(held_out) == 3
+    assert pairs[1] == ("Ask more.", "Why?", "What?", "", "", f"{path} row 2")
+    assert [len(side) for side in split_by_context(pairs, 0.5)] == [1, 1]  # one without a context goes by its prompt
 
 
 def test_pairs_come_from_every_kind_of_file(tmp_path):
@@ -376,9 +346,7 @@ def test_many_rows_in_bounded_memory(tmp_path):
     with open(path, "w") as file:
         file.writelines(["context,question,type\n", *lines])
     program = (
-        "from socratiq.data import load_rows, split_by_context\n"
-        f"train, held_out = split_by_context(load_rows({str(path)!r}))\n"
-        "print(len(train) + len(held_out))\n"
+        f"from socratiq.data import load_rows; print(len(load_rows({str(path)!r})))\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"  # peak, in kB
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -387,8 +355,8 @@ def test_many_rows_in_bounded_memory(tmp_path):
 
 
 def test_only_rows_of_some_types_and_the_negatives(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json_lines(RECORDS))
-    assert [row.type for row in load_rows(str(file), ["clarity"])] == ["Clarity", "others"]
+    (tmp_path / "rows.jsonl").write_text(json_lines(RECORDS))
+    source = str(tmp_path / "rows.jsonl")
+    assert [row.type for row in load_rows(source, ["clarity"])] == ["Clarity", "others"]
     with pytest.raises(UserError, match=r"--types: .* no row of type 'Fear appeal'; it has Cause to effect, Clarity, "):
-        load_rows(str(file), ["FearAppeal"])
+        load_rows(source, ["FearAppeal"])

