@@ -19,9 +19,6 @@ import re
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # forked processes share the cores
-os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each costs time
-
 TESTS = Path(__file__).parent
 LOSSES = TESTS.parent / "socratiq" / "losses.py"
 REQUIRED = 0.95
@@ -321,6 +318,8 @@ def main():
     parser.add_argument("functions", nargs="*", help="only the mutants of these functions")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes side by side")
     args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # forked processes share the cores
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and each costs time
     sys.path.insert(0, str(TESTS.parent))
     import pytest
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,21 @@ from socratiq.models import load_tokenizer
 from socratiq.prompts import plain_ids
 
 
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def logged(scripts, arguments, folder: Path, **options) -> list[dict]:
+    """The metrics of a run that ends well, every one of them a number, as in its last line."""
+    status, said, complained = scripts.run(arguments, cwd=folder, **options)
+    assert (status, complained) == (0, "") and not re.search("None|nan", said.splitlines()[-1])
+    lines = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(x is not None for line in lines for x in line.values())
+    return lines
+
+
+def stopped(scripts, arguments, folder: Path) -> str:
+    """The one line with which a run stops that leaves no model."""
+    status, _, complained = scripts.run(arguments, cwd=folder)
+    assert status == 2 and complained.startswith("error: ") and complained.count("\n") == 1
+    assert not (folder / "out" / "config.json").exists()
+    return complained
 
 
 def edited(inputs: Path, folder: Path, edit) -> Path:
@@ -44,10 +58,7 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("case", ["sft", "dpo"])
 def test_sizes(case, size, scripts, inputs, tmp_path):
-    status, _, complained = scripts.run([*command(case, inputs), *SIZES[size]], cwd=tmp_path)
-    assert (status, complained) == (0, "")
-    lines = metrics(tmp_path / "out")
-    assert all(x is not None for line in lines for x in line.values())
+    lines = logged(scripts, [*command(case, inputs), *SIZES[size]], tmp_path)
     evaluated = any(name.startswith("eval/") for line in lines for name in line)
     assert evaluated == (size != "nothing held out")
     assert [line["step"] for line in lines] == list(range(0 if evaluated else 1, lines[-1]["step"] + 1))
@@ -56,10 +67,8 @@ def test_sizes(case, size, scripts, inputs, tmp_path):
 @pytest.mark.parametrize("case", ["sft", "dpo", "ppo"])
 def test_a_single_row(case, scripts, inputs, tmp_path):
     own = edited(inputs, tmp_path, lambda text: text.partition("\n")[0])
-    status, said, complained = scripts.run([*command(case, own), "--steps", "2"], cwd=tmp_path)
-    assert (status, complained) == (0, "") and "None" not in said and "nan" not in said
-    lines = metrics(tmp_path / "out")
-    assert [line["step"] for line in lines] == [1, 2] and all(x is not None for line in lines for x in line.values())
+    lines = logged(scripts, [*command(case, own), "--steps", "2"], tmp_path)
+    assert [line["step"] for line in lines] == [1, 2]
     assert not any(name.startswith("eval/") for line in lines for name in line)
 
 
@@ -78,20 +87,15 @@ ROLLOUTS = {  # arguments, updates a step
 @pytest.mark.parametrize("name", ROLLOUTS)
 def test_rollouts(name, scripts, inputs, tmp_path):
     more, updates = ROLLOUTS[name]
-    status, _, complained = scripts.run([*command("ppo", inputs), "--steps", "2", *more], cwd=tmp_path)
-    assert (status, complained) == (0, "")
-    steps = [line for line in metrics(tmp_path / "out") if line["step"]]
-    assert all(x is not None for line in steps for x in line.values())
-    assert all(line["updates"] == updates if updates else line["updates"] < 4 for line in steps)
+    lines = logged(scripts, [*command("ppo", inputs), "--steps", "2", *more], tmp_path)
+    counts = {line["updates"] for line in lines if line["step"]}
+    assert counts == {updates} if updates else max(counts) < 4
 
 
 def test_a_rollout_of_empty_questions(scripts, inputs, tmp_path):
     """The end of sequence and nothing else: a question of no words, which earns next to nothing, and no NaN."""
-    status, _, complained = scripts.run(command("ppo", inputs), cwd=tmp_path, patch="patches:all_end_at_once")
-    assert (status, complained) == (0, "")
-    for line in metrics(tmp_path / "out")[1:]:
+    for line in logged(scripts, command("ppo", inputs), tmp_path, patch="patches:all_end_at_once")[1:]:
         assert line["length"] == 1 and line["eos_rate"] == 1 and line["objective/scores"] < 0.05
-        assert all(x is not None for x in line.values())
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert {sample["question"] for sample in samples} == {""}
 
@@ -109,10 +113,9 @@ def test_a_rollout_of_empty_questions(scripts, inputs, tmp_path):
 )
 def test_more_tokens_than_positions(case, more, named, scripts, inputs, tmp_path):
     short = write(tmp_path / "short", "llama", max_position_embeddings=150)  # a prompt here takes about 140
-    arguments = [*command(case, inputs), "--model", short, *more]
-    status, _, complained = scripts.run(arguments, cwd=tmp_path)
-    assert status == 2 and complained.count("\n") == 1 and not (tmp_path / "out").exists()
+    complained = stopped(scripts, [*command(case, inputs), "--model", short, *more], tmp_path)
     assert named in complained and "the model's max_position_embeddings is 150" in complained
+    assert not (tmp_path / "out").exists()
 
 
 # --- numbers that are not finite
@@ -126,13 +129,11 @@ def test_the_row_that_gives_nan_is_named(case, scripts, inputs, tmp_path):
     weights = load_file(f"{poisoned}/model.safetensors")
     weights["model.embed_tokens.weight"][plain_ids(load_tokenizer("tiny"), "\u2603")[-1]] = math.nan
     save_file(weights, f"{poisoned}/model.safetensors", {"format": "pt"})
-    arguments = [*command(case, own), "--model", poisoned, "--batch-size", "8"]
-    status, _, complained = scripts.run(arguments, cwd=tmp_path)
-    assert status == 2 and complained.startswith(f"error: {case} step ") and complained.count("\n") == 1
+    complained = stopped(scripts, [*command(case, own), "--model", poisoned, "--batch-size", "8"], tmp_path)
+    assert complained.startswith(f"error: {case} step ")
     assert ": loss is nan, gradient norm is nan; the weights are as before; " in complained
     lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} row {n}" for n in (11, 12)}
     assert any(line in complained for line in lines)
-    assert not (tmp_path / "out" / "config.json").exists()
 
 
 REWARDS = """
@@ -158,12 +159,12 @@ def huge(contexts, questions, types):
 def test_a_reward_that_is_not_finite(function, named, scripts, inputs, tmp_path):
     (tmp_path / "rewards.py").write_text(REWARDS)
     arguments = [*command("ppo", inputs), "--reward", f"rewards:{function}", "--kl-target", "0.1"]
-    status, _, complained = scripts.run(arguments, cwd=tmp_path)
-    assert status == 2 and complained.count("\n") == 1 and complained.startswith(f"error: {named}")
+    complained = stopped(scripts, arguments, tmp_path)
+    assert complained.startswith(f"error: {named}")
     assert "rows.jsonl row " in complained and "asked for" in complained
 
 
 def test_weights_that_run_away(scripts, inputs, tmp_path):
     """An absurd learning rate: the run stops in the step after, with one line, instead of training on NaN."""
-    status, _, complained = scripts.run([*command("sft", inputs), "--lr", "1e30", "--warmup", "0"], cwd=tmp_path)
-    assert status == 2 and complained.startswith("error: sft step 2: ") and complained.count("\n") == 1
+    complained = stopped(scripts, [*command("sft", inputs), "--lr", "1e30", "--warmup", "0"], tmp_path)
+    assert complained.startswith("error: sft step 2: ")

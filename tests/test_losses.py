@@ -11,6 +11,7 @@ from math import exp, inf, log, nan, sqrt
 from pathlib import Path
 from types import SimpleNamespace
 
+import mutants
 import pytest
 import torch
 
@@ -723,6 +724,14 @@ def test_gradient_agrees_with_central_differences(name):
         lambda *inputs: results(name, replaced(b, **dict(zip(learnt, inputs, strict=True))))[0],
         [columns[column] for column in learnt],
     )
+
+
+def test_every_mutant_can_be_planted():
+    """The list of tests/mutants.py follows losses.py, word for word."""
+    source = mutants.LOSSES.read_text()
+    for function, texts in mutants.MUTANTS.items():
+        for old, several in texts.items():
+            assert source not in {mutants.mutate(source, function, old, new) for new in several}
 
 
 def test_losses_import_nothing_but_torch():

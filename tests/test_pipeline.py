@@ -73,12 +73,8 @@ def test_four_scripts_on_the_real_small_model(tmp_path):
     rows, few = "--data rows.jsonl", "--steps 2 --batch-size 2 --max-prompt-tokens 112"
     said = run(tmp_path, "train_sft.py", f"{rows} {few} --eval-rows 4 --lr 1e-3")
     assert "Next: python make_pairs.py" in said
-    loose = "--chosen-min 0.2 --rejected-max 0.2 --max-attempts 8 --scorer-model none"
-    run(
-        tmp_path,
-        "make_pairs.py",
-        f"{rows} {loose} --writer local --limit 10 --max-new-tokens 24 --max-prompt-tokens 112",
-    )
+    loose = "--chosen-min 0.2 --rejected-max 0.2 --max-attempts 8 --scorer-model none --writer local --limit 10"
+    run(tmp_path, "make_pairs.py", f"{rows} {loose} --max-new-tokens 24 --max-prompt-tokens 112")
     run(tmp_path, "train_dpo.py", f"{few} --eval-rows 4 --dtype float32 --held-out 0.3")
     short = "--samples-per-prompt 2 --max-new-tokens 16 --eval-prompts 2"
     said = run(tmp_path, "train_ppo.py", f"{rows} {few} {short} --allow-bare-scorer")
