@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import threading
+import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
@@ -54,7 +55,6 @@ class FaultServer:
         self.faults, self.answer, self.target, self.latency = faults, answer, target, latency
         self.requests: list[Seen] = []
         self.lock = threading.Lock()
-        self.closing = threading.Event()
 
     def __enter__(self) -> "FaultServer":
         handler = type("BoundHandler", (Handler,), {"play": self})
@@ -64,7 +64,6 @@ class FaultServer:
         return self
 
     def __exit__(self, *_) -> None:
-        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -102,7 +101,7 @@ class Handler(BaseHTTPRequestHandler):
         play = self.play
         good = completion(body, play.answer(body))
         if name == "ok":
-            play.closing.wait(play.latency)
+            time.sleep(play.latency)
             self.send(200, good)
         elif name in RESPONSES:
             self.send(*RESPONSES[name])
@@ -115,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.close_connection = True
             if name == "slow":
-                play.closing.wait(5)
+                time.sleep(5)
             elif name == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             elif name == "drop":  # half an answer

@@ -252,18 +252,15 @@ def test_an_address(tmp_path, monkeypatch):
 def test_a_hub_data_set_with_splits_and_configurations(monkeypatch):
     import datasets
 
-    asked = []
-
     def load_dataset(repository, configuration=None):
-        asked.append((repository, configuration))
         if configuration is None:
             raise ValueError("Config name is missing. Please pick one among the available configs: ['plain']")
+        assert (repository, configuration) == ("someone/questions", "plain")
         parts = {"train": RECORDS[:2], "test": RECORDS[2:]}
         return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in parts.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     rows = load_rows("someone/questions:plain")
-    assert asked == [("someone/questions", "plain")]
     assert plain(rows) == EXPECTED
     assert rows[2].source == "someone/questions:plain test row 1"
     with pytest.raises(UserError, match=r"Config name is missing.*plain.*owner/name:configuration"):
