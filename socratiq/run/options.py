@@ -86,11 +86,7 @@ def add_run_arguments(parser: Parser, out: str) -> None:
     add("--out", default=out, metavar="FOLDER", help="folder for the model, the logs and the checkpoint")
     add("--seed", type=zero_or_more, default=0, help="seed of every random draw")
     add_device_arguments(add, plain="one process, slower, the same numbers")
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same bytes again on a GPU too, but slower; a CPU needs no option",
-    )
+    add("--deterministic", action="store_true", help="the same bytes on a GPU too, slower (a CPU needs no option)")
     add("--checkpoint-every", type=count, default=25, metavar="STEPS", help="steps between checkpoints to resume from")
     add("--restart", action="store_true", help="delete this stage's run in --out and begin anew")
 
