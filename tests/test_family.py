@@ -142,7 +142,7 @@ def test_sequences_beyond_what_the_project_implements_are_refused(setting, token
     for name, value in setting.items():
         setattr(opened.lm.config, name, value)
     opened.check_length(tokens - 1, "rows.csv row 1")
-    expected = rf"rows.csv row 1: {tokens} tokens, and the model's \w+ is {tokens - 1}; shorten"
+    expected = rf"rows.csv row 1: {tokens} tokens, but the model's \w+ is {tokens - 1}; shorten"
     with pytest.raises(UserError, match=expected):
         opened.check_length(tokens, "rows.csv row 1")
 
