@@ -78,12 +78,35 @@ def test_commands(page):
     for script, arguments in commands(page):
         if script.startswith(("bench/", "tests/")):  # some import torch
             source = (ROOT / script).read_text()
-            options = [option for option in arguments if re.fullmatch("--[a-z-]+", option)]
+            options = [option for option in arguments if re.fullmatch("--[a-z][a-z0-9-]+", option)]
             assert all(f'"{option}"' in source for option in options), (script, arguments)
             continue
         package = script.startswith("socratiq") and (ROOT / script.replace(".", "/")).is_dir()
         parser = parser_of(f"{script}.__main__" if package else script.removesuffix(".py"))
         parser.parse_args(arguments)  # what is wrong stands in the captured stderr
+
+
+def test_quick_commands_and_code_run(tmp_path, scripts, monkeypatch, capsys):
+    """The command that tries a trainer, PPO with the reward that a page shows, its log read as a page reads it."""
+    quick = next(arguments for _, arguments in commands(ROOT / "docs" / "sft.md") if "tiny" in arguments)
+    assert " ".join(quick) in (ROOT / "README.md").read_text()
+    status, _, complained = scripts.run(["train_sft.py", *quick], cwd=tmp_path)
+    assert (status, complained) == (0, "")
+    reward, read = (code_of(ROOT / "docs" / page) for page in ("scorer.md", "metrics.md"))
+    (tmp_path / "my_reward.py").write_text(reward)
+    small = ["--steps", "1", "--batch-size", "2", "--ppo-epochs", "1", "--max-new-tokens", "4", "--eval-prompts", "2"]
+    status, said, _ = scripts.run(
+        ["train_ppo.py", "--model", "runs/tiny", "--reward", "my_reward:reward", *small], cwd=tmp_path
+    )
+    assert status == 0 and "held-out score" in said
+    monkeypatch.chdir(tmp_path)
+    exec(read, {})
+    assert "objective/kl" in capsys.readouterr().out
+
+
+def code_of(page: Path) -> str:
+    """The Python code that a page shows."""
+    return re.search(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)[1]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "questions" not in page.name], ids=lambda path: path.name)
