@@ -86,13 +86,13 @@ def run_stage():
     from socratiq import losses, training
     from socratiq.batch import make_batch, pad_completions
     from socratiq.data import load_rows, split_by_context
+    from socratiq.evaluation.measures import distinct_2
     from socratiq.models import load_policy, load_tokenizer
     from socratiq.policy import token_logprobs
     from socratiq.prompts import decode, encode_prompt
+    from socratiq.reward import load_reward
     from socratiq.sampling import sample
     from socratiq.saving import save_policy
-    from socratiq.scorer.gates import distinct_2
-    from socratiq.scorer.scorer import load_reward
     from socratiq.taxonomy import OTHERS
 
     class Rollout(NamedTuple):

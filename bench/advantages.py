@@ -26,10 +26,9 @@ from transformers import AutoModel, AutoTokenizer
 from socratiq.data import load_rows, split_by_context
 from socratiq.evaluation.asking import ask, choose_tasks
 from socratiq.evaluation.judge import Judge
-from socratiq.evaluation.measures import measure
+from socratiq.evaluation.measures import distinct_2, measure
 from socratiq.models import load_policy, load_tokenizer
 from socratiq.scorer import Scorer
-from socratiq.scorer.gates import distinct_2
 from socratiq.scorer.grading import rows_to_learn_from
 
 VARIANTS = {"gae": [], "gae, V constant": ["--vf-coef", "0"], "rloo": ["--advantages", "rloo"]}

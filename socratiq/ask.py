@@ -17,9 +17,10 @@ from pathlib import Path
 from socratiq.data import clean
 from socratiq.run import options
 from socratiq.run.errors import UserError, main, warn
-from socratiq.scorer.gates import GATES, LOW
+from socratiq.scorer.gates import GATES
 from socratiq.taxonomy import TYPES, display_name
 
+LOW = 0.7  # a gate below it is worth a remark
 STAGES = ("runs/ppo", "runs/dpo", "runs/sft")  # the first one that is finished is asked
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from socratiq import ask
 from socratiq.run.errors import UserError
-from socratiq.scorer.gates import LOW
 
 TEXT = "I think that dogs are good."
 SAID = ["no question", "What do you mean by good dogs?", "Are dogs really like clouds?"]
@@ -131,7 +130,7 @@ def test_a_model_cannot_move_the_cursor():
 
 def test_a_fault_stands_behind_its_question():
     good = {"question": "Why?", "reads_as": "Clarity", "parts": {"strength": 0.9, "form": 1.0}}
-    far = good | {"parts": {"strength": 0.9, "form": LOW - 0.1, "relatedness": 0.1, "probe": 0.01}}
+    far = good | {"parts": {"strength": 0.9, "form": ask.LOW - 0.1, "relatedness": 0.1, "probe": 0.01}}
     assert ask.line(good, "Clarity") == "  0.90  Why?"
     assert ask.line(far, "Clarity") == "  0.90  Why?  (not about the text, 0.10)"
     assert ask.line(far, "Analogy") == "  0.90  Why?  (reads as Clarity; not about the text, 0.10)"

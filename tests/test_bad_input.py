@@ -256,7 +256,7 @@ RUNS = [
     ("PPO --reward my_reward", "--reward my_reward: ...; expected MODULE:FUNCTION, such as my_reward:reward"),
     ("PPO --reward no_such_module:f", "--reward no_such_module:f: No module named 'no_such_module'; ..."),
     ("PPO --reward json:gone", "--reward json:gone: module 'json' has no attribute 'gone'; ..."),
-    ("PPO --reward json:__name__", "--reward json:__name__: __name__ is no function"),
+    ("PPO --reward json:__name__", "--reward json:__name__: that is no function; ..."),
     # ---- places
     ("SFT --out folder", f"--out folder {NOT_OURS}"),
     ("SFT --out file", "--out file: file is not a folder that can be written; name another place"),

@@ -14,14 +14,13 @@ from socratiq.data import Row
 from socratiq.evaluation import api_judge, asking, figures, measures, table
 from socratiq.evaluation.asking import Task
 from socratiq.run.errors import UserError
-from socratiq.scorer.gates import distinct_2
 
 # ------------------------------------------------------------------------------------------- questions, counted by hand
 
 
 def test_distinct_2_is_different_word_pairs_over_word_pairs():
-    assert distinct_2(["why do they", "Why, do we?"]) == 3 / 4  # why-do do-they why-do do-we
-    assert distinct_2([]) == distinct_2(["why"]) == 0
+    assert measures.distinct_2(["why do they", "Why, do we?"]) == 3 / 4  # why-do do-they why-do do-we
+    assert measures.distinct_2([]) == measures.distinct_2(["why"]) == 0
 
 
 def test_duplicates_are_said_before_word_for_word():

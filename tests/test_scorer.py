@@ -18,13 +18,14 @@ from socratiq.data import Row, load_rows, split_by_context
 from socratiq.models import load_policy
 from socratiq.policy import Policy, token_logprobs
 from socratiq.prompts import plain_ids
+from socratiq.reward import load_reward
 from socratiq.run.errors import UserError
 from socratiq.scorer import gates, grading
 from socratiq.scorer import ngrams as logistic
 from socratiq.scorer.__main__ import run as fit_scorer
 from socratiq.scorer.grading import rows_to_learn_from
 from socratiq.scorer.language_model import LanguageModel, Reading, open_language_model
-from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs, load_reward, mean_opinion
+from socratiq.scorer.scorer import VERSION, Scorer, cross_validate, fluency_signs, mean_opinion
 
 TOPICS = "dogs trams taxes farms films bikes books games rivers phones clocks gardens lamps ships towers bridges"
 TOPICS = TOPICS.split()
@@ -498,5 +499,5 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     values, parts = reward("length")(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
     assert values.tolist() == [2.0, 3.0] and values.dtype == torch.float32 and parts == {}
     for name in ("too_few", "words", "number"):
-        with pytest.raises(UserError, match="must return 2 numbers, one a question"):
+        with pytest.raises(UserError, match="not 2 numbers, one a question"):
             reward(name)(["", ""], ["a?", "bc?"], ["Clarity"] * 2)

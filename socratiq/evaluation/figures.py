@@ -11,8 +11,7 @@ import math
 
 import torch
 
-from socratiq.evaluation.measures import duplicates
-from socratiq.scorer.gates import distinct_2
+from socratiq.evaluation.measures import distinct_2, duplicates
 
 QUESTION_MEANS = ("scorer/reward", "well_formed", "eos", "words", "relatedness")
 

@@ -4,6 +4,8 @@ The counts can be checked by hand. A word is a run of letters and digits, in low
 case, apostrophes included ("don't" is one word); punctuation does not count.
 """
 
+from itertools import pairwise
+
 from socratiq.pairs.checks import flaw
 from socratiq.scorer.gates import words
 
@@ -56,3 +58,12 @@ def relatedness(question: str, context: str) -> float:
 def duplicates(questions: list[str]) -> float:
     """Share of the questions whose words were all said before, in the same order, by an earlier question."""
     return 1 - len({tuple(words(question)) for question in questions}) / len(questions) if questions else 0.0
+
+
+def distinct_2(questions: list[str]) -> float:
+    """Different pairs of neighbouring words / all such pairs, over all questions together (Li et al. 2016, distinct-n).
+
+    Low when a policy repeats itself. More words mean a lower figure, so compare only sets of about the same size.
+    """
+    pairs = [pair for question in questions for pair in pairwise(words(question))]
+    return len(set(pairs)) / max(1, len(pairs))

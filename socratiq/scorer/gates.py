@@ -9,7 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from itertools import pairwise
+from difflib import SequenceMatcher
 
 # Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: each character is a token.
 SPACELESS = "\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -40,15 +40,6 @@ def stems(text: str) -> set[str]:
     return {word[:4] for word in words(text)}
 
 
-def distinct_2(questions: list[str]) -> float:
-    """Different pairs of neighbouring words / all such pairs, over all questions together (Li et al. 2016, distinct-n).
-
-    Low when a policy repeats itself. More words mean a lower figure, so compare only sets of about the same size.
-    """
-    pairs = [pair for question in questions for pair in pairwise(words(question))]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
 def ramp(x: float, low: float, high: float) -> float:
     """0 at `low` and beyond, 1 at `high` and beyond, a straight line between."""
     return min(1.0, max(0.0, (x - low) / (high - low)))
@@ -68,7 +59,6 @@ GATES = {  # in the order in which the reward multiplies them: what is wrong wit
     "relatedness": "not about the text",
     "fluency": "not fluent",
 }
-LOW = 0.7  # a gate below it is worth a remark to people who read the question
 
 STUB = (1, 5)  # words: "What if?" could be asked of anything
 BREVITY = (46, 24)  # words: two questions glued together make a long one
@@ -93,11 +83,7 @@ def form(question: str) -> float:
 
 def longest_run(said: list[str], text: list[str]) -> int:
     """Length of the longest run of the words said that stands in the words of a text."""
-    text, longest = f" {' '.join(text)} ", 0
-    for start in range(len(said)):
-        while start + longest < len(said) and f" {' '.join(said[start : start + longest + 1])} " in text:
-            longest += 1
-    return longest
+    return SequenceMatcher(None, text, said, autojunk=False).find_longest_match().size
 
 
 def originality(prompt: str, question: str) -> float:

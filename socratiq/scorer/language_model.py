@@ -5,6 +5,8 @@ Questions about the same text share one run of that text.
 """
 
 import math
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -36,9 +38,8 @@ class LanguageModel:
 
     def read(self, contexts: list[str], questions: list[str]) -> list[Reading]:
         """Every question after its context; an empty context reads it alone."""
-        asked: dict[str, list[str]] = {}
-        for context, question in sorted(set(zip(contexts, questions, strict=True))):
-            asked.setdefault(context, []).append(question)
+        pairs = sorted(set(zip(contexts, questions, strict=True)))
+        asked = {context: [q for _, q in some] for context, some in groupby(pairs, itemgetter(0))}
         parts = [(c, some[i : i + AT_ONCE]) for c, some in asked.items() for i in range(0, len(some), AT_ONCE)]
         found: dict[tuple[str, str], Reading] = {}
         for context, some in bar(parts, desc="read", delay=2):

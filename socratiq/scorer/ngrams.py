@@ -6,6 +6,7 @@ Features x are (N, D): hashed n-grams (sparse), or a language model's hidden sta
 import zlib
 from itertools import chain, pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -23,19 +24,18 @@ def ngrams(question: str) -> list[int]:
     """Buckets of the set of words, neighbouring pairs, pairs with a gap, word beginnings and pairs of those."""
     w = ["<s>", *gates.tokens(question), "</s>"]
     stems = [token[:4] + "*" for token in w]
-    grams = {*w, *stems}
-    grams |= {f"{a} {b}" for tokens in (w, stems) for a, b in pairwise(tokens)}
-    grams |= {f"{a} _ {b}" for a, b in zip(w, w[2:], strict=False)}
+    pairs, gaps = chain(pairwise(w), pairwise(stems)), zip(w, w[2:], strict=False)
+    grams = {*w, *stems, *map(" ".join, pairs), *map(" _ ".join, gaps)}
     return sorted({zlib.crc32(gram.encode()) % BUCKETS for gram in grams})
 
 
 def bags(questions: list[str]) -> torch.Tensor:
     """(N, BUCKETS) sparse, 1.0 where a question has an n-gram of a bucket."""
     found = [ngrams(question) for question in questions]
-    row = torch.arange(len(found)).repeat_interleave(torch.tensor([*map(len, found)], dtype=torch.long))
-    indices = torch.stack([row, torch.tensor([*chain(*found)], dtype=torch.long)])
-    options = {"size": (len(found), BUCKETS), "is_coalesced": True, "check_invariants": False}
-    return torch.sparse_coo_tensor(indices, torch.ones(len(row)), **options)
+    rows = np.repeat(np.arange(len(found)), np.fromiter(map(len, found), np.int64))
+    indices = torch.from_numpy(np.stack([rows, np.fromiter(chain(*found), np.int64)]))
+    size, ones = (len(found), BUCKETS), torch.ones(len(rows))
+    return torch.sparse_coo_tensor(indices, ones, size, is_coalesced=True, check_invariants=False)
 
 
 def logistic_regression(x: torch.Tensor, target: torch.Tensor, l2: float) -> tuple[torch.Tensor, torch.Tensor]:

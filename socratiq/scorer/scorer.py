@@ -17,11 +17,8 @@ a quick look. As a reward for PPO it was gamed within 16 iterations.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -137,8 +134,8 @@ class Scorer:
         """All that the scorer thinks of one question: by type its strength and reward, and every gate."""
         n = len(self.types)
         reward, parts = self.graded([context] * n, [question] * n, self.types)
-        parts["reward"] = reward
-        by_type = {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in parts.items()}
+        found = {"reward": reward, **parts}
+        by_type = {name: dict(zip(self.types, x.tolist(), strict=True)) for name, x in found.items()}
         return by_type | {name: parts[name][0].item() for name in gates.GATES}
 
     def save(self, folder: str | Path) -> None:
@@ -159,14 +156,14 @@ class Scorer:
             if settings.get("version") != VERSION:
                 raise ValueError("fitted by another version of socratiq")
         except (OSError, ValueError, AttributeError, SafetensorError) as error:
-            fit_one = f"fit one with python -m socratiq.scorer --out {folder}"
-            raise UserError(f"{folder}: no scorer that can be read ({error}); {fit_one}") from None
+            remedy = f"fit one with python -m socratiq.scorer --out {folder}"
+            raise UserError(f"{folder}: no scorer that can be read ({error}); {remedy}") from None
         held_out = set(map(place, held_out))
+        anew = "delete it, and make_pairs.py will fit it anew"
         if seen := len(held_out.intersection(settings["texts"])):
-            texts = f"{seen} of the {len(held_out)} held-out texts"
-            raise UserError(f"--scorer {folder} was fitted on {texts}; delete it, and make_pairs.py will fit it anew")
+            raise UserError(f"--scorer {folder} was fitted on {seen} of the {len(held_out)} held-out texts; {anew}")
         if settings["model content"] not in (None, fingerprint(settings["model"])):
-            raise UserError(f"--scorer {folder}: {settings['model']} has changed since; delete it and fit it anew")
+            raise UserError(f"--scorer {folder}: {settings['model']} has changed since; {anew}")
         return cls(tensors, settings, open_language_model(settings["model"], device, dtype))
 
 
@@ -202,40 +199,3 @@ def cross_validate(rows, lm: LanguageModel | None = None, held_out=frozenset()) 
         tensors = fit_strengths([rows[i] for i in learn], types, states[learn])
         found[:, grade] = opinions(tensors, [questions[i] for i in grade], states[grade])
     return types, found
-
-
-def load_reward(args, held_out: list[str], types: list[str]) -> tuple[Callable, list[str]]:
-    """The reward of --scorer, or `module:function` of --reward, found from the current folder.
-
-    Returns a function of contexts, questions and types, and the types to ask for: those of the scorer, or of the rows,
-    `types`. The function gives the rewards (N,) and, by name, the parts that they are made of. Raises UserError if
-    there is no such reward, if the scorer has learnt from a text that is held out, or if it has no language model
-    (n-grams alone were gamed within 16 iterations) and --allow-bare-scorer is not given.
-    """
-    if args.reward is None:
-        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out)
-        if scorer.lm is None and not args.allow_bare_scorer:
-            instead = "delete it and run make_pairs.py --scorer-model smollm2, or give --allow-bare-scorer"
-            raise UserError(f"--scorer {args.scorer} has no language model, and PPO games n-grams alone; {instead}")
-        return scorer.graded, scorer.types
-    if not types:
-        raise UserError(f"{args.data}: no row names a type to ask for; label some, or leave out --reward")
-    module_name, _, function_name = args.reward.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        expected = "expected MODULE:FUNCTION, such as my_reward:reward"
-        raise UserError(f"--reward {args.reward}: {error}; {expected}") from None
-    if not callable(function):
-        raise UserError(f"--reward {args.reward}: {function_name} is no function")
-
-    def reward(contexts: list[str], questions: list[str], types: list[str]) -> tuple[torch.Tensor, dict]:
-        values = function(contexts, questions, types)
-        try:
-            return torch.as_tensor(values, dtype=torch.float32).view(len(questions)), {}
-        except (TypeError, ValueError, RuntimeError) as error:
-            wanted = f"{len(questions)} numbers, one a question"
-            raise UserError(f"--reward {args.reward}: must return {wanted}: {error}") from None
-
-    return reward, types
