@@ -80,8 +80,18 @@ def parse_arguments(argv: list[str] | None = None):
     add("--api-model", metavar="NAME", help="name of the model on the server (default: gpt-4o-mini)")
     add("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
     add("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at the same time")
-    add("--max-requests", type=cli.zero_or_more, metavar="N", help="stop after N requests, earlier runs included")
-    add("--max-usd", type=cli.not_negative, metavar="USD", help="stop at this cost of all runs, plus what is under way")
+    add(
+        "--max-requests",
+        type=cli.zero_or_more,
+        metavar="N",
+        help="stop after N requests, earlier runs of this model included",
+    )
+    add(
+        "--max-usd",
+        type=cli.not_negative,
+        metavar="USD",
+        help="stop at this cost of the model's runs, plus what is under way",
+    )
     prices = "US dollars for a million prompt tokens and a million answer tokens"
     add("--usd-per-mtok", type=cli.not_negative, nargs=2, default=(0, 0), metavar=("IN", "OUT"), help=prices)
     add("--api-max-tokens", type=cli.count, default=200, metavar="N", help="longest answer; reasoning models need more")
@@ -224,10 +234,14 @@ def run() -> None:
         print("writer: none; people said which questions they prefer", flush=True)
         found = human_pairs(rows, args.max_per_question)
         pairs = [pair(a, a.type, a.question, b.question, split[a.context], "human") for a, b in found]
-        kept = picked([digest(line) for line in pairs], args)
+        keys = [digest([line[column] for column in ("prompt", "chosen", "rejected")]) for line in pairs]
+        kept = picked(keys, args)
+        pairs = [line for line, key in zip(pairs, keys, strict=True) if key in kept]
+        if args.dry_run:
+            return print(f"{len(rows)} rows, {len(pairs)} pairs; no request")
         used = {row for both in found for row in both}
         left = [{"reason": "no partner (--max-per-question)", **row._asdict()} for row in rows if row not in used]
-        return save(args, [line for line in pairs if digest(line) in kept], left, len(rows))
+        return save(args, pairs, left, len(rows))
 
     from socratiq.models import load_policy, load_tokenizer
     from socratiq.pairs.writers import LocalWriter, OpenAIWriter
@@ -252,7 +266,7 @@ def run() -> None:
     saved = (args.scorer / "scorer.json").exists()
     rows = [row for row in rows if row.type and row.preference != "rejected"]
     if saved:
-        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out)
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out, {row.type for row in rows} - {OTHERS})
     else:
         lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
         scorer = Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)

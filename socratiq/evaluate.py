@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None = None):
         add(f"--{name}", metavar="FOLDER", help=f"default: {name} in that folder")
     add = parser.add_argument_group("texts; default: as --sft was trained").add_argument
     add("--data", metavar="SOURCE", help='"sample", "socratiq", a file, a folder, an address or a Hub id')
-    add("--types", type=options.names, help="only rows of these types; default: all")
+    add("--types", type=options.names, help="only rows of these types")
     add("--held-out", type=options.fraction, metavar="SHARE", help="share of the texts held out")
     add("--seed", type=options.zero_or_more, metavar="N", help="seed of that split and of the questions")
     add("--limit", type=options.count, default=16, metavar="TEXTS", help="held-out texts at most, drawn by the seed")
@@ -98,16 +98,6 @@ def find_parts(args) -> tuple[dict[str, str], list[str]]:
     return found, left_out
 
 
-def open_scorer(args, types: list[str], contexts: list[str]):
-    """The saved scorer. Raises UserError if it has learnt from a text that is to be graded, or does not know a type."""
-    from socratiq.scorer.scorer import Scorer
-
-    scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts)
-    missing = [name for name in types if name not in scorer.types]
-    options.check(not missing, f"--scorer {args.scorer} does not know {missing} of {args.data}; name another, or none")
-    return scorer
-
-
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -119,24 +109,30 @@ def run(argv: list[str] | None = None) -> None:
     options.check(bool(models), "no model to evaluate; name one with --base, --sft, --dpo or --ppo")
 
     from socratiq.data import load_rows, split_by_context
-    from socratiq.evaluation import figures
-    from socratiq.evaluation.api_judge import grade
+    from socratiq.evaluation import api_judge, figures
     from socratiq.evaluation.asking import ask_models, ask_people, choose_tasks
     from socratiq.evaluation.judge import Judge
     from socratiq.evaluation.measures import measure
-    from socratiq.scorer.grading import rows_to_learn_from
+    from socratiq.scorer.grading import place, rows_to_learn_from
+    from socratiq.scorer.scorer import Scorer
     from socratiq.training import generator
+
+    api = api_judge.open_api(args) if args.judge_api else None  # before any long work: a mistake should show at once
 
     # 1. Held-out texts, a judge fitted on other ones, and the scorer of DPO and PPO.
     rows = load_rows(args.data, args.types)
     _, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     options.check(bool(held_out_rows), f"{args.data}: no text is held out; raise --held-out or give more texts")
-    judge = Judge.fit(rows_to_learn_from(rows, args.held_out, args.seed)[0])
+    judges = rows_to_learn_from(rows, args.held_out, args.seed)[0]
+    judge = Judge.fit(judges)
     tasks = choose_tasks(held_out_rows, judge.types, args.limit, args.seed)
     contexts = list(dict.fromkeys(task.context for task in tasks))
     classifiers = {"judge": judge}
     if with_scorer:
-        classifiers["scorer"] = open_scorer(args, judge.types, contexts)
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts, judge.types)
+        if shared := {place(row.context) for row in judges}.intersection(scorer.settings["texts"]):
+            warn(f"judge and scorer learnt from {len(shared)} texts in common, so the judge is less independent")
+        classifiers["scorer"] = scorer
     for reason in left_out:
         print(f"left out: {reason}")
     print(f"{len(contexts)} held-out texts of {args.data}, {len(judge.types)} types, {len(models)} models", flush=True)
@@ -149,8 +145,8 @@ def run(argv: list[str] | None = None) -> None:
     # 3. Measure each question.
     for of_stage in bar(records.values(), desc="measuring"):
         measure(of_stage, contexts, classifiers)
-    if args.judge_api:
-        grade(records, contexts, args)
+    if api:
+        api_judge.grade(records, contexts, *api)
 
     # 4. Figures with intervals, for each stage, for each of its types, and for the change from one stage to the next.
     weights = figures.draws(len(contexts), generator(args.seed, "bootstrap"))

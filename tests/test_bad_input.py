@@ -252,6 +252,7 @@ RUNS = [
     ("PPO --scorer garbled", f"garbled{NO_SCORER}garbled"),
     ("PPO --held-out 0.5", SEEN),
     ("PAIRS --held-out 0.5 --scorer scorer", SEEN),
+    ("PAIRS --held-out 0 --scorer scorer --data odd.jsonl", "--scorer scorer does not know the type 'Irony'; ..."),
     ("PPO --reward my_reward:reward --data others.jsonl", "others.jsonl: no row names a type to ask for; label ..."),
     ("PPO --reward my_reward", "--reward my_reward: ...; expected MODULE:FUNCTION, such as my_reward:reward"),
     ("PPO --reward no_such_module:f", "--reward no_such_module:f: No module named 'no_such_module'; ..."),
@@ -285,6 +286,7 @@ def workshop(tmp_path_factory):
 
     write("two.jsonl", *rows[:2])
     write("one.jsonl", rows[0])
+    write("odd.jsonl", *rows, {**rows[0], "type": "irony"})
     write("others.jsonl", *({**row, "type": "others"} for row in rows))
     write("pairs.jsonl", PAIR, {**PAIR, "prompt": "Ask again."})
     write("long.jsonl", {**PAIR, "prompt": "word " * 2000})

@@ -192,9 +192,12 @@ def test_reading_all_questions_of_a_task_at_once_is_reading_one_by_one(tiny):
 # ----------------------------------------------------------------------------------------------------- grades by an API
 
 
-def grading(url, tmp_path, **changed):
-    settings = {"judge_api": "m", "base_url": url, "max_requests": None, "out": tmp_path / "e.json"}
-    return types.SimpleNamespace(**(settings | changed))
+def graded(stages, server, tmp_path, max_requests=None):
+    """As in two runs of the command: the log is opened anew each time."""
+    args = types.SimpleNamespace(judge_api="m", base_url=server.url, max_requests=max_requests, out=tmp_path / "e.json")
+    writer, log = api_judge.open_api(args)
+    api_judge.grade(stages, ["A text."], writer, log)
+    log.file.close()
 
 
 def records(*questions):
@@ -205,11 +208,11 @@ def test_grades_are_asked_once_and_kept(tmp_path):
     said = '```json\n{"type": 4, "relevance": 5, "quality": 2}\n```'
     with FaultServer(answer=lambda body: said) as server:
         stages = {"sft": records("Why?", "Who?"), "ppo": records("Why?")}
-        api_judge.grade(stages, ["A text."], grading(server.url, tmp_path))
+        graded(stages, server, tmp_path)
         assert len(server.requests) == 2  # "Why?" is paid for once
         assert stages["ppo"][0]["grades"] == {"type": 4, "relevance": 5, "quality": 2}
         again = {"sft": records("Why?", "Who?")}
-        api_judge.grade(again, ["A text."], grading(server.url, tmp_path))
+        graded(again, server, tmp_path)
         assert len(server.requests) == 2 and again["sft"][1]["grades"]["quality"] == 2
         assert "no instructions" in server.requests[0].body["messages"][0]["content"]
     found = figures.sums_by_text(measured(*stages["sft"]), 1)
@@ -221,12 +224,24 @@ def test_an_answer_that_is_no_grade_is_no_grade(said):
     assert api_judge.read_grades(said) is None
 
 
-def test_ungraded_questions_are_counted(tmp_path, capsys):
-    with FaultServer(answer=lambda body: "no") as server:
+def test_an_answer_without_grades_is_asked_for_once_more(tmp_path, capsys):
+    said = iter(["no", '{"type": 4, "relevance": 5, "quality": 2}', "no", "no"])
+    with FaultServer(answer=lambda body: next(said)) as server:
         stages = {"sft": records("Why?")}
-        api_judge.grade(stages, ["A text."], grading(server.url, tmp_path))
-    assert "grades" not in stages["sft"][0]
-    assert "1 questions have no grade" in capsys.readouterr().err
+        graded(stages, server, tmp_path)
+        assert stages["sft"][0]["grades"]["type"] == 4
+        for _ in range(2):  # and never a third time
+            graded({"sft": records("Why?", "Who?")}, server, tmp_path)
+            assert "questions without a grade: 1 (two answers held no grades)" in capsys.readouterr().err
+        assert len(server.requests) == 4
+        graded({"sft": records("How?")}, server, tmp_path, max_requests=4)
+    assert "questions without a grade: 1 (not asked: --max-requests 4)" in capsys.readouterr().err
+
+
+def test_a_server_that_gives_up_costs_the_grades_alone(tmp_path, capsys):
+    with FaultServer(["401"]) as server:
+        graded({"sft": records("Why?")}, server, tmp_path)
+    assert "questions without a grade: 1 (http://127.0.0.1:" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -306,7 +321,7 @@ def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys)
         (["--held-out", "0"], "no text is held out"),
         (["--dpo", "runs/other"], "--dpo runs/other"),
         (["--sft", "none"], "no model to evaluate"),
-        (["--data", "other.jsonl"], r"--scorer runs/scorer does not know \['Fear appeal'\] of other.jsonl"),
+        (["--data", "other.jsonl"], r"--scorer runs/scorer does not know the type 'Fear appeal'; delete it"),
     ],
 )
 def test_an_error_names_the_option(place, more, says):

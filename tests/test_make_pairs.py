@@ -179,6 +179,8 @@ def test_human_verdicts_need_no_writer_no_scorer_and_no_model(tmp_path):
     (tmp_path / "cqs.json").write_text(json.dumps(told))
     code = "import make_pairs as m, sys; m.run(); assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
     asked = [sys.executable, "-c", code, "--data", tmp_path / "cqs.json", "--out", tmp_path / "p.jsonl"]
+    done = subprocess.run([*asked, "--dry-run"], capture_output=True, text=True, cwd=ROOT)
+    assert "40 rows, 20 pairs; no request" in done.stdout and os.listdir(tmp_path) == ["cqs.json"]
     done = subprocess.run([*asked, "--limit", "15"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]

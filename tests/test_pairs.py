@@ -147,6 +147,12 @@ def test_an_answer_is_taken_as_it_is(fault, finish, text):
         assert len(server.requests) == 1
 
 
+def test_half_a_surrogate_pair_is_left_out():
+    """JSON may hold it, as an escape; no file can."""
+    with FaultServer(answer=lambda body: "Why so\ud83d then?") as server:
+        assert ask(server).text == "Why so then?"
+
+
 def test_content_that_is_no_text_is_no_answer():
     with FaultServer(["odd content"]) as server, pytest.raises(NoAnswer, match="not a completion"):
         ask(server)
@@ -390,6 +396,9 @@ def test_clean_question(answer, question):
         ("### Response: why is that so?", "echoes the template"),
         ("Why is that so <|im_end|> then?", "echoes the template"),
         ("电车为什么会这样 改变 人们的 习惯?", ""),
+        ("电车为什么会这样改变人们的习惯？", ""),
+        ("هل كل من يملك سيارة يستعملها كل يوم؟", ""),
+        ("为什么？怎么会这样？", "more than one question"),
     ],
 )
 def test_flaw(question, wrong):

@@ -58,6 +58,7 @@ def test_a_line_of_the_log_is_json_whatever_the_number(tmp_path):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     new_run(tmp_path)  # an empty one will do
+    assert new_run(tmp_path, restart=True).then == "; the same command without --restart continues"
     with pytest.raises(UserError, match="is the folder of --model"):
         new_run(tmp_path, model=str(tmp_path))
     for content in ("[]", '{"stage": "dpo"}'):
@@ -87,7 +88,9 @@ def changes(name, path, content) -> bool:
 
 def test_an_input_is_known_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("meta-llama/Llama-3.1-8B", "sample", "missing.csv", "installed_package:reward"):
+    (tmp_path / "socratiq").mkdir()
+    (tmp_path / "socratiq" / "rows.jsonl").write_text("a folder of that name is not meant")
+    for name in ("meta-llama/Llama-3.1-8B", "sample", "socratiq", "missing.csv", "installed_package:reward"):
         assert fingerprint(name) is None
     model = tmp_path / "model"
     model.mkdir()

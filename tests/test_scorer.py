@@ -442,7 +442,8 @@ def test_judge_and_scorer_learn_from_different_texts_and_neither_from_held_out_o
     assert [part[::-1] for part in backwards] == list(rows_to_learn_from(rows, 0.0, 0))  # order plays no part
     few = [r for r in rows if r.context in sorted(seen[1])[:2]]
     judged = few[0]._replace(type="", preference="chosen")  # a verdict on a question teaches nothing about types
-    assert rows_to_learn_from([*few, judged], 0.0, 0) == (few, few)
+    bad = few[0]._replace(preference="rejected")  # nor does a question that people judged bad
+    assert rows_to_learn_from([*few, judged, bad], 0.0, 0) == (few, few)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

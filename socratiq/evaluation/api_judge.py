@@ -4,6 +4,7 @@ Every answer is on the disk before the next one is used, so after a kill only re
 again. A question that two stages share is paid for once.
 """
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from socratiq.pairs.answers import AnswerLog, Request, ask_all, digest
 from socratiq.pairs.checks import MAX_CONTEXT_CHARS
 from socratiq.pairs.writers import OpenAIWriter
-from socratiq.run.errors import warn
+from socratiq.run.errors import UserError, warn
 from socratiq.taxonomy import definition
 
 GRADES = ("type", "relevance", "quality")
@@ -46,26 +47,34 @@ def read_grades(answer: str) -> dict[str, int] | None:
     return grades if all(type(grade) is int and 1 <= grade <= 5 for grade in grades.values()) else None
 
 
-def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], args) -> None:
-    """Put "grades" into every record that the server grades; a warning counts the others.
-
-    The answers stay beside --out, in NAME.grades.jsonl. Raises UserError when asking is useless: no key, wrong model.
-    """
+def open_api(args) -> tuple[OpenAIWriter, AnswerLog]:
+    """The server, and the log of its answers beside --out, in NAME.grades.jsonl. Raises UserError for want of a key."""
     writer = OpenAIWriter(args.judge_api, args.base_url, max_tokens=MAX_TOKENS)
     log = AnswerLog(Path(args.out).with_suffix(".grades.jsonl"), args.judge_api, max_requests=args.max_requests)
-    requests = {}  # the request of each record, one for equal ones
-    for records in records_by_stage.values():
-        for record in records:
-            request = grade_request(contexts[record["context"]], record)
-            requests.setdefault(request.row, (request, []))[1].append(record)
-    problems = ask_all(writer, [request for request, _ in requests.values()], log, "grading")
-    ungraded = 0
-    for request, records in requests.values():
-        answer = log.get(request)
-        grades = read_grades(answer.text) if answer else None
-        ungraded += 0 if grades else len(records)
-        for record in records if grades else ():
-            record["grades"] = grades
+    return writer, log
+
+
+def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], writer: OpenAIWriter, log: AnswerLog) -> None:
+    """Put "grades" into every record that the server grades; a warning counts the others, and says why."""
+    asked: dict[str, tuple[Request, list[dict]]] = {}  # the request of each record, one for equal ones
+    for record in itertools.chain(*records_by_stage.values()):
+        request = grade_request(contexts[record["context"]], record)
+        asked.setdefault(request.row, (request, []))[1].append(record)
+    waiting, problem = list(asked.values()), ""
+    for attempt in (1, 2):  # an answer may hold no grades
+        requests = [request._replace(attempt=attempt) for request, _ in waiting]
+        try:
+            unanswered = ask_all(writer, requests, log, "grading")
+        except UserError as error:  # the other figures are worth keeping
+            unanswered = {"": str(error)}
+        for request, (_, records) in zip(requests, waiting, strict=True):
+            answer = log.get(request)
+            grades = read_grades(answer.text) if answer else None
+            for record in records if grades else ():
+                record["grades"] = grades
+        problem = next(iter(unanswered.values()), problem or "two answers held no grades")
+        waiting = [(r, some) for r, some in waiting if log.get(r) and "grades" not in some[0]]
+    ungraded = sum("grades" not in record for _, records in asked.values() for record in records)
     if ungraded:
-        why = f" ({next(iter(problems.values()))}); the same command asks again" if problems else ""
-        warn(f"{ungraded} questions have no grade{why}")
+        again = "; the same command asks again" if problem.startswith("no answer") else ""
+        warn(f"questions without a grade: {ungraded} ({problem}{again})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import NamedTuple
 
@@ -78,7 +79,7 @@ def shown(entry: dict | None, name: str, span: bool = True) -> str:
 
     def digits(x: float) -> str:
         if FIGURES[name].percent:
-            return f"{round(100 * x)}"
+            return f"{math.floor(100 * x + 0.5 + 1e-9)}"  # a half is rounded up, as in the report
         if abs(x) < 0.995:
             return f"{round(x, 2) + 0.0:.2f}".replace("0.", ".", 1)
         return f"{x:.1f}" if abs(x) < 1000 else f"{x:.0f}"

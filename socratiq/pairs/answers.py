@@ -17,7 +17,7 @@ KEY = ("row", "model", "prompt", "attempt")
 
 
 class Request(NamedTuple):
-    """One text to be written. `body` holds all that the answer depends on, as plain JSON."""
+    """One text to be written. `body` holds what the answer depends on, as plain JSON, but for its longest length."""
 
     row: str  # digest of the row that it is for
     attempt: int  # 1, 2, ...
@@ -146,9 +146,10 @@ def ask_all(writer, requests: list[Request], log: AnswerLog, title: str) -> dict
         except BaseException:
             stop.set()
             raise
-        if len(failures) >= GIVE_UP_AFTER:
+        in_a_row = list(failures)  # another thread may clear them
+        if len(in_a_row) >= GIVE_UP_AFTER:
             stop.set()
-            raise UserError(f"{len(failures)} requests in a row came to nothing; the last: {failures[-1]}")
+            raise UserError(f"{len(in_a_row)} requests in a row came to nothing; the last: {in_a_row[-1]}")
 
     with ThreadPoolExecutor(writer.slots) as pool:
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from socratiq.data import Row
 from socratiq.pairs.answers import Answer, digest
-from socratiq.scorer.gates import MARKUP, longest_run, words
+from socratiq.scorer.gates import MARK, MARKUP, count_words, longest_run, words
 from socratiq.taxonomy import TYPES, definition
 
 # A longer text loses its tail in a request to a server: a slip in the data must not cost a fortune.
@@ -65,7 +65,7 @@ def clean_question(text: str) -> str:
     text = re.sub(r"\A(?:(?!<think>).)*?</think>", " ", text, flags=re.DOTALL)  # reasoning models think aloud, and
     text = re.sub(r"<think>.*?(</think>|\Z)", " ", text, flags=re.DOTALL)  # some templates open that for them
     lines = [line for line in map(_tidy, text.splitlines()) if line]
-    return next((line for line in lines if "?" in line), lines[0] if lines else "")
+    return next((line for line in lines if set(MARK) & set(line)), lines[0] if lines else "")
 
 
 def _tidy(line: str) -> str:
@@ -93,10 +93,10 @@ def flaw(question: str, context: str, chosen: str = "") -> str:
     rules = {
         "empty": not said,
         "echoes the template": MARKUP.search(question),
-        "not a question": not question.endswith("?"),
-        "more than one question": question.count("?") > 1,
+        "not a question": not question.endswith(tuple(MARK)),
+        "more than one question": sum(map(question.count, MARK)) > 1,
         "too short": len(said) < 3,
-        "too long": len(said) > 60,
+        "too long": count_words(said) > 60,
         "equal to the chosen question": said == words(chosen),
         "nearly equal to the chosen question": copies(chosen, 0.9),
         "copies the text": copies(context, 0.7),

@@ -143,7 +143,7 @@ def read_completion(body: dict, size: int) -> Answer:
         text, finish = message["refusal"], "refusal"
     usage = body.get("usage") or {}
     tokens = usage.get("prompt_tokens") or size // 4, usage.get("completion_tokens") or len(text) // 4
-    return Answer(text.strip(), finish, *tokens)
+    return Answer(text.strip().encode(errors="ignore").decode(), finish, *tokens)  # no halves of surrogate pairs
 
 
 class LocalWriter:

@@ -42,6 +42,7 @@ MODEL = ("config.json", "model*.safetensors*", "adapter")
 
 # Arguments that name a file or folder, and the endings of the files in such a folder that count.
 INPUTS = ("model", "data", "pairs", "scorer", "reward")
+BUILT_IN = {"sample", "socratiq", "smollm2", "tiny"}
 ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".safetensors", ".model"}
 
 
@@ -71,6 +72,7 @@ class Run:
             value = vars(args).get(name)
             if value and (content := fingerprint(value)):
                 self.arguments[f"content of --{name}"] = content
+        self.then = f"; the same command {'without --restart ' if args.restart else ''}continues"
         self.asked_to_stop = 0  # the signal
         self.in_step = False
         self.finished = self._in_first(self._check_folder)
@@ -152,12 +154,12 @@ class Run:
         if number:
             self.progress.close()
             name = signal.Signals(number).name
-            raise Stopped(f"{name}: stopped at a checkpoint; the same command continues", 128 + number)
+            raise Stopped(f"{name}: stopped at a checkpoint{self.then}", 128 + number)
 
     def _on_signal(self, number: int, frame) -> None:
         """SIGINT and SIGTERM wait for the end of a step; outside of steps, and the second time, they do not."""
         if self.asked_to_stop or not self.in_step:
-            stop_now(number, frame, "; the same command continues")
+            stop_now(number, frame, self.then)
         self.asked_to_stop = number
         if sys.stderr.isatty():
             os.write(2, b"\nfinishing the step (again to leave at once)\n")  # print is not safe in a signal handler
@@ -294,6 +296,8 @@ def fingerprint(name: str) -> str | None:
 
     None where there is no such file: a Hub id, an address or a built-in name stands for its content.
     """
+    if name in BUILT_IN:
+        return None
     path, module = Path(name), Path(name.partition(":")[0].replace(".", "/") + ".py")
     found = (file for file in [path, *sorted(path.rglob("*"))] if file.suffix.lower() in ENDINGS)
     files = [file for file in [module, *found] if file.is_file()]

@@ -64,6 +64,7 @@ STUB = (1, 5)  # words: "What if?" could be asked of anything
 BREVITY = (46, 24)  # words: two questions glued together make a long one
 NEW_RUNS = (0.6, 0.9)  # distinct pairs of neighbours among all pairs
 MARKS = (0.6, 0.4)  # marks per word: a list with a comma after every word is no question
+MARK = "?？؟"  # Latin, Chinese and Japanese, Arabic
 MARKUP = re.compile(r"<[|｜/\w]|##|\[/?[A-Z_]+\]")  # of prompts and chats, such as <|im_end|>, <s>, ### and [INST]
 OWN_WORDS = (0.2, 0.5)  # share of the words outside the longest run copied from the prompt
 
@@ -72,7 +73,7 @@ def form(question: str) -> float:
     """1 for one line that ends in its only question mark and has 5 to 24 words, hardly a pair said twice."""
     text = question.strip()
     said = words(text)
-    if not re.fullmatch(r"[^?？؟\n]*[^\W_][^?？؟\n\w]*[?？؟]", text) or len(said) < 2 or MARKUP.search(text):
+    if not re.fullmatch(rf"[^{MARK}\n]*[^\W_][^{MARK}\n\w]*[{MARK}]", text) or len(said) < 2 or MARKUP.search(text):
         return 0.0
     length, marks = count_words(said), (len(tokens(text)) - len(said) - 1) / len(said)
     size = 2 if length == len(said) else 4  # four characters repeat as seldom as two words

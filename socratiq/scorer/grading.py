@@ -19,9 +19,10 @@ def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
     """The rows that judge and scorer are fitted on: neither sees a held-out text, nor a text of the other one.
 
     A hash of the text decides, so that adding rows moves no others, and folds and held-out texts are independent of it.
-    With too few texts for both to meet every type, both get all that are not held out.
+    With too few texts for both to meet every type, both get all that are not held out. Rows without a type teach
+    none, nor do questions that people judged bad.
     """
-    train = [row for row in split_by_context(rows, held_out, seed)[0] if row.type]  # a verdict alone teaches no type
+    train = [row for row in split_by_context(rows, held_out, seed)[0] if row.type and row.preference != "rejected"]
     judges = [zlib.crc32(f"judge {place(row.context)}".encode()) < JUDGE_SHARE * 2**32 for row in train]
     parts = tuple([row for row, own in zip(train, judges, strict=True) if own == judge] for judge in (True, False))
     types = {row.type for row in train}

@@ -144,11 +144,11 @@ class Scorer:
         atomic_write(Path(folder) / "scorer.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path, device="auto", dtype="auto", held_out: Iterable[str] = ()) -> Scorer:
+    def load(cls, folder, device="auto", dtype="auto", held_out: Iterable = (), types: Iterable = ()) -> Scorer:
         """Read what `save` wrote, and open the language model that it was fitted with.
 
         PPO, pairs, show, ask and evaluate all open the reward of a run here. Raises UserError if there is nothing that
-        can be read, or if it has learnt from a text that is held out.
+        can be read, if it has learnt from a text that is held out, or if it does not know one of the types.
         """
         try:
             tensors = load_file(Path(folder) / "scorer.safetensors")
@@ -158,10 +158,11 @@ class Scorer:
         except (OSError, ValueError, AttributeError, SafetensorError) as error:
             remedy = f"fit one with python -m socratiq.scorer --out {folder}"
             raise UserError(f"{folder}: no scorer that can be read ({error}); {remedy}") from None
-        held_out = set(map(place, held_out))
-        anew = "delete it, and make_pairs.py will fit it anew"
+        held_out, anew = set(map(place, held_out)), "delete it, and make_pairs.py will fit it anew"
         if seen := len(held_out.intersection(settings["texts"])):
             raise UserError(f"--scorer {folder} was fitted on {seen} of the {len(held_out)} held-out texts; {anew}")
+        if unknown := set(types).difference(settings["types"]):
+            raise UserError(f"--scorer {folder} does not know the type {min(unknown)!r}; {anew}")
         if settings["model content"] not in (None, fingerprint(settings["model"])):
             raise UserError(f"--scorer {folder}: {settings['model']} has changed since; {anew}")
         return cls(tensors, settings, open_language_model(settings["model"], device, dtype))
