@@ -80,18 +80,8 @@ def parse_arguments(argv: list[str] | None = None):
     add("--api-model", metavar="NAME", help="name of the model on the server (default: gpt-4o-mini)")
     add("--base-url", metavar="URL", help="address of the server, such as http://localhost:8000/v1")
     add("--concurrency", type=cli.count, default=8, metavar="N", help="requests under way at the same time")
-    add(
-        "--max-requests",
-        type=cli.zero_or_more,
-        metavar="N",
-        help="stop after N requests, earlier runs of this model included",
-    )
-    add(
-        "--max-usd",
-        type=cli.not_negative,
-        metavar="USD",
-        help="stop at this cost of the model's runs, plus what is under way",
-    )
+    add("--max-requests", type=cli.zero_or_more, metavar="N", help="stop after N to this model, earlier runs included")
+    add("--max-usd", type=cli.not_negative, metavar="USD", help="stop at this cost, earlier runs of the model included")
     prices = "US dollars for a million prompt tokens and a million answer tokens"
     add("--usd-per-mtok", type=cli.not_negative, nargs=2, default=(0, 0), metavar=("IN", "OUT"), help=prices)
     add("--api-max-tokens", type=cli.count, default=200, metavar="N", help="longest answer; reasoning models need more")
@@ -266,9 +256,10 @@ def run() -> None:
     saved = (args.scorer / "scorer.json").exists()
     rows = [row for row in rows if row.type and row.preference != "rejected"]
     if saved:
-        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out, {row.type for row in rows} - {OTHERS})
+        types = {row.type for row in rows} - {OTHERS}
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out, types, args.plain)
     else:
-        lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype)
+        lm = language_model.open_language_model(args.scorer_model, args.device, args.dtype, args.plain)
         scorer = Scorer.fit(grading.rows_to_learn_from(rows, args.held_out, args.seed)[1], lm)
 
     # (a) Grade and (b) choose.

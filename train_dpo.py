@@ -48,7 +48,7 @@ def parse_arguments():
     add("--steps", type=options.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     add("--batch-size", type=options.count, default=8, metavar="PAIRS", help="pairs per forward pass")
     add("--accumulate", type=options.count, default=1, metavar="N", help="forward passes per update")
-    add("--lr", type=options.positive, help="peak learning rate (1e-4 with adapters, 1e-5 without; a fifth for 8B)")
+    add("--lr", type=options.positive, help="peak learning rate (default: 1e-4 with adapters, 1e-5 without)")
     add("--warmup", type=options.fraction, default=0.1, help="share of the updates that warm up")
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     options.add_run_arguments(parser, out="runs/dpo")

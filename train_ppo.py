@@ -19,7 +19,7 @@ Details:
  2. The reference is the model this stage began with: adapters switched off (a copy only with --lora-rank 0).
  3. The K questions of a prompt share its computation, in sampling and in training (socratiq/batch.py).
  4. Advantages are whitened, rewards are not. Dropout is off. Adam's epsilon is 1e-5.
- 5. An update stops early when the approximate KL from the rollout's policy exceeds --target-kl.
+ 5. An update ends early, after the step that finds the approximate KL from the rollout's policy above --target-kl.
 """
 
 from socratiq.engine import distributed
@@ -47,17 +47,16 @@ def parse_arguments():
     add("--advantages", choices=["gae", "rloo"], default="gae", help="with a critic, or with the siblings as baseline")
     add("--ppo-epochs", type=options.count, default=2, help="passes over each rollout")
     add("--minibatches", type=options.count, default=2, metavar="N", help="optimiser steps per pass")
-    add("--lr", type=options.positive, help="peak learning rate (4e-4 with adapters, 1e-5 without; a fifth for 8B)")
+    add("--lr", type=options.positive, help="peak learning rate (default: 4e-4 with adapters, 1e-5 without)")
     add("--warmup", type=options.fraction, default=0.05, help="share of the iterations that warm up")
     add("--clip", type=options.positive, default=0.2, help="clip range of the ratio and of the value's change")
-    add("--vf-coef", type=options.not_negative, default=0.1, help="weight of the value loss")
-    add("--gamma", type=options.number(float, above=0, most=1), default=1.0, help="discount per token")
+    add("--vf-coef", type=options.not_negative, default=0.1, help="weight of the value loss (GAE)")
+    add("--gamma", type=options.number(float, above=0, most=1), default=1.0, help="discount per token (GAE)")
     add("--lam", type=options.number(float, least=0, most=1), default=0.95, help="lambda of GAE")
     add("--kl-coef", type=options.not_negative, default=0.02, help="penalty per nat of KL to the reference")
     add("--kl-target", type=options.positive, metavar="NATS", help="adapt --kl-coef towards this KL per question")
-    add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="a larger one adapts more slowly")
-    early = "KL per token to the rollout's policy that ends an update early"
-    add("--target-kl", type=options.positive, default=0.1, metavar="NATS", help=early)
+    add("--kl-horizon", type=options.positive, default=2000, metavar="SAMPLES", help="of --kl-target: more is slower")
+    add("--target-kl", type=options.positive, default=0.1, metavar="NATS", help="KL per token that ends an update")
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     add("--eval-every", type=options.count, default=10, metavar="ITERATIONS", help="between held-out figures")
     add("--eval-prompts", type=options.count, default=32, metavar="PROMPTS", help="held-out prompts evaluated")
@@ -66,6 +65,8 @@ def parse_arguments():
     args = parser.parse_args()
     if args.kl_target and args.batch_size * args.samples_per_prompt >= 5 * args.kl_horizon:
         parser.error("--kl-horizon: must be above a fifth of an iteration's samples, or --kl-coef can turn negative")
+    if args.kl_target and not args.kl_coef:
+        parser.error("--kl-target: multiplies --kl-coef, which must then be above 0")
     if args.advantages == "rloo" and args.samples_per_prompt < 2:
         parser.error("--advantages rloo: needs siblings to compare with; use --samples-per-prompt 2 or more")
     args.lr = args.lr or (4e-4 if args.lora_rank else 1e-5)
@@ -141,7 +142,7 @@ def run_stage():
         completions = distributed.collect(completions, len(tasks))
         questions = [decode(tokenizer, ids) for row in completions for ids in row]
         contexts, asked_for = zip(*[task for task in tasks for _ in range(samples)], strict=True)
-        scores, parts = reward_model(list(contexts), questions, list(asked_for))
+        scores, parts = distributed.first(lambda: reward_model(list(contexts), questions, list(asked_for)))
         return Rollout(tasks, prompts, completions, questions, scores.view(len(tasks), samples), parts)
 
     def batch_of(rollout, indices):

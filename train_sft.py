@@ -19,7 +19,7 @@ Departures from the plainest SFT:
  1. Only the question and its end-of-sequence token are learnt, never the prompt.
  2. Rows are laid end to end, without padding (socratiq/batch.py); inside an update they are sorted by length.
  3. The head runs on question positions only.
- 4. Rows labelled "others" are left out.
+ 4. Rows labelled "others" and questions that people judged bad are left out.
  5. The final weights are saved, though the loss on held-out rows rises after the first or second epoch: the questions
     keep improving (docs/sft.md). Ouyang et al. 2022, section 3.5, also train on, for 16 epochs.
 """
@@ -42,7 +42,7 @@ def parse_arguments():
     add("--steps", type=options.count, metavar="UPDATES", help="updates in all, instead of --epochs")
     add("--batch-size", type=options.count, default=8, metavar="ROWS", help="rows per forward pass")
     add("--accumulate", type=options.count, default=1, metavar="N", help="forward passes per update")
-    add("--lr", type=options.positive, help="peak learning rate (1e-3 with adapters, 1e-4 without; a fifth for 8B)")
+    add("--lr", type=options.positive, help="peak learning rate (default: 1e-3 with adapters, 1e-4 without)")
     add("--warmup", type=options.fraction, default=0.05, help="share of the updates that warm up")
     add("--max-grad-norm", type=options.positive, default=1.0, help="gradients are clipped to this norm")
     options.add_run_arguments(parser, out="runs/sft")

@@ -129,7 +129,7 @@ def run(argv: list[str] | None = None) -> None:
     contexts = list(dict.fromkeys(task.context for task in tasks))
     classifiers = {"judge": judge}
     if with_scorer:
-        scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts, judge.types)
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts, judge.types, args.plain)
         if shared := {place(row.context) for row in judges}.intersection(scorer.settings["texts"]):
             warn(f"judge and scorer learnt from {len(shared)} texts in common, so the judge is less independent")
         classifiers["scorer"] = scorer

@@ -66,7 +66,7 @@ def enable(model: nn.Module, enabled: bool) -> None:
 def merged_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The state dict of the plain model, made from the adapted model's: adapters are added into their weights.
 
-    W + (alpha / r) B A is kept in float32: bfloat16 would swallow most of a small update.
+    W + (alpha / r) B A is kept in float32: bfloat16 rounds much of a small update away.
     """
     state = dict(state)
     for name, adapter in adapters(model):

@@ -133,7 +133,7 @@ def token_logprobs(
 
 def head_logprobs(lm_head, hidden, tokens, temperature: float, watch: bool) -> dict[str, torch.Tensor]:
     """The head on the states (M, H) that predict the tokens (M,) -> "logprobs" (M,) and, to `watch`, "entropy" (M,)."""
-    logits = lm_head(hidden) / temperature  # (M, V)
+    logits = lm_head(hidden).float() / temperature  # (M, V)
     found = {"logprobs": gather_logprobs(logits, tokens)}
     if watch:
         found["entropy"] = entropy(logits.detach())

@@ -22,7 +22,7 @@ def load_reward(args, held_out: list[str], types: list[str]) -> tuple[Callable, 
     (n-grams alone were gamed within 16 iterations) and --allow-bare-scorer is not given.
     """
     if args.reward is None:
-        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out)
+        scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out, plain=args.plain)
         if scorer.lm is None and not args.allow_bare_scorer:
             instead = "delete it and run make_pairs.py --scorer-model smollm2, or give --allow-bare-scorer"
             raise UserError(f"--scorer {args.scorer} has no language model, and PPO games n-grams alone; {instead}")
@@ -33,7 +33,7 @@ def load_reward(args, held_out: list[str], types: list[str]) -> tuple[Callable, 
     sys.path.insert(0, os.getcwd())
     try:
         function = pkgutil.resolve_name(args.reward)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(f"--reward {args.reward}: {error}; {expected}") from None
     if not callable(function):
         raise UserError(f"--reward {args.reward}: that is no function; {expected}")

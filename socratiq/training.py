@@ -77,7 +77,7 @@ def check_finite(numbers: dict[str, float], label: str, sources: list[str]) -> N
     bad = [f"{name} is {number:g}" for name, number in numbers.items() if not math.isfinite(number)]
     if bad:
         rows = ", ".join(sources[:8]) + (f" and {len(sources) - 8} more" if len(sources) > 8 else "")
-        raise UserError(f"{label}: {', '.join(bad)}; the weights are as before; lower --lr, or check the rows: {rows}")
+        raise UserError(f"{label}: {', '.join(bad)}; this step was not taken; lower --lr, or check the rows: {rows}")
 
 
 def draw(items: list, count: int, seed: int) -> list:

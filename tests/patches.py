@@ -3,6 +3,7 @@
 And a reward for train_ppo.py --reward, since an untrained model earns nothing from the scorer.
 """
 
+import os
 import resource
 
 
@@ -68,7 +69,8 @@ def all_end_at_once():
 
 
 def wordy(contexts, questions, types):
-    """The longer the better."""
+    """The longer the better. Of several processes the first alone may ask: a reward can cost money."""
+    assert os.environ.get("RANK", "0") == "0"
     return [len(question) / 100 for question in questions]
 
 

@@ -186,6 +186,8 @@ ARGUMENTS = [  # before anything slow is imported; each message ends in (see SCR
     ("train_dpo --label-smoothing 0.5", "argument --label-smoothing: must be below 0.5, not 0.5"),
     ("train_dpo --label-smoothing 0.1 --loss ipo", "--label-smoothing: only the sigmoid loss knows it;..."),
     ("train_dpo --loss kto", "argument --loss: invalid choice: 'kto' (...)"),
+    ("train_ppo --kl-target 1 --kl-coef 0", "--kl-target: multiplies --kl-coef, which must then be above 0"),
+    (f"train_sft --seed {2**64}", f"argument --seed: must be at most {2**63 - 1}, not {2**64}"),
     ("train_ppo --kl-target 1 --kl-horizon 10", "--kl-horizon: must be above a fifth of an iteration's samples,..."),
     ("make_pairs --usd-per-mtok -1 1", "argument --usd-per-mtok: must be at least 0, not -1"),
     ("make_pairs --rejected-max 0.9", "--rejected-max 0.9: must not be above --chosen-min 0.4"),

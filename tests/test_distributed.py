@@ -33,18 +33,22 @@ STAGES = {
 }
 
 
-def stop_at_2():
+def stop_at_2(last=2):
     """Called in the scripts' processes: the first of them is asked to stop during its second step."""
     from socratiq.run.folder import Run
 
     end_step = Run.end_step
 
     def stop(self, step, *rest, **options):
-        if step == 2 and os.environ.get("RANK", "0") == "0":
+        if step == last and os.environ.get("RANK", "0") == "0":
             self.asked_to_stop = signal.SIGTERM
         end_step(self, step, *rest, **options)
 
     Run.end_step = stop
+
+
+def stop_at_3():
+    stop_at_2(3)
 
 
 def killed_among_the_parts():
@@ -156,14 +160,15 @@ def test_two_processes_in_bfloat16(launch, folder):
 
 
 @pytest.mark.parametrize(
-    "stage, before, after", [("sft-full", 2, 1), ("dpo-lora", 2, 1), ("dpo-lora", 1, 2), ("ppo-full", 2, 3)]
+    "stage, worlds", [("sft-full", (2, 1, 1)), ("dpo-lora", (2, 1)), ("dpo-lora", (1, 2)), ("ppo-full", (2, 3))]
 )
-def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, stage, before, after):
-    out = folder / f"{before}-to-{after}" / stage
-    finish(launch(before, STAGES[stage], out, patch="test_distributed:stop_at_2"), expect=143)
-    assert (out / "checkpoint.safetensors").exists()
-    ((_, said, _), *_) = finish(launch(after, STAGES[stage], out))
-    assert "continuing" in said
+def test_a_run_continues_on_another_number_of_processes(launch, folder, alone, stage, worlds):
+    out = folder / "-".join(map(str, worlds)) / stage
+    for at, world in enumerate(worlds[:-1], 2):
+        finish(launch(world, STAGES[stage], out, patch=f"test_distributed:stop_at_{at}"), expect=143)
+        assert (out / "checkpoint.safetensors").exists()
+    ((_, said, _), *_) = finish(launch(worlds[-1], STAGES[stage], out))
+    assert f"continuing {out} after step {len(worlds)}" in said
     assert_same(alone / stage, out)
 
 
@@ -252,6 +257,10 @@ def test_a_process_without_rows_keeps_in_step(launch, folder, stage):
     for world in (1, 3):
         finish(launch(world, few, folder / f"few-{world}" / stage))
     assert_same(folder / "few-1" / stage, folder / "few-3" / stage)
+
+
+def test_a_reward_of_ones_own_is_asked_once(launch, folder):
+    finish(launch(2, STAGES["ppo-lora"] + " --reward patches:wordy", folder / "own-reward"))
 
 
 def test_a_mistake_is_told_once(launch, tmp_path):

@@ -131,7 +131,7 @@ def test_the_row_that_gives_nan_is_named(case, scripts, inputs, tmp_path):
     save_file(weights, f"{poisoned}/model.safetensors", {"format": "pt"})
     complained = stopped(scripts, [*command(case, own), "--model", poisoned, "--batch-size", "8"], tmp_path)
     assert complained.startswith(f"error: {case} step ")
-    assert ": loss is nan, gradient norm is nan; the weights are as before; " in complained
+    assert ": loss is nan, gradient norm is nan; this step was not taken; " in complained
     lines = {f"{own / ('rows.jsonl' if case == 'sft' else 'pairs.jsonl')} row {n}" for n in (11, 12)}
     assert any(line in complained for line in lines)
 

@@ -277,7 +277,8 @@ def test_evaluate_from_end_to_end(place, capsys, monkeypatch):
     monkeypatch.setattr(Judge, "fit", lambda rows: seen.extend(rows) or fit(rows))
     before = sorted(place.rglob("*"))
     evaluate.run(SMALL)
-    said = capsys.readouterr().out
+    said, complained = capsys.readouterr()
+    assert "judge and scorer learnt from" in complained  # tests/conftest.py gives this scorer all training texts
     assert "left out: ppo: runs/ppo is not there or not finished; train_ppo.py makes it" in said
     assert "3 held-out texts of rows.jsonl, 2 types, 3 models" in said
     found, written = evaluation(place), place / "runs" / "evaluation.json"
@@ -321,10 +322,14 @@ def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys)
         (["--held-out", "0"], "no text is held out"),
         (["--dpo", "runs/other"], "--dpo runs/other"),
         (["--sft", "none"], "no model to evaluate"),
+        (["--judge-api", "m"], "set OPENAI_API_KEY"),
         (["--data", "other.jsonl"], r"--scorer runs/scorer does not know the type 'Fear appeal'; delete it"),
     ],
 )
-def test_an_error_names_the_option(place, more, says):
+def test_an_error_names_the_option_before_any_question(place, monkeypatch, more, says):
+    monkeypatch.setattr(asking, "ask_models", None)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     rows = [{"context": f"Other text {n}.", "question": "Is it so?", "type": "Fear appeal"} for n in range(9)]
     lines = [(place / "rows.jsonl").read_text(), *(json.dumps(row) + "\n" for row in rows)]
     (place / "other.jsonl").write_text("".join(lines))

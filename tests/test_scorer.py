@@ -468,7 +468,7 @@ def test_command_line(capsys, tmp_path, scorer):
 
 
 def ppo_arguments(**given):
-    others = {"reward": None, "scorer": "", "data": "rows", "device": "cpu", "dtype": "float32"}
+    others = {"reward": None, "scorer": "", "data": "rows", "device": "cpu", "dtype": "float32", "plain": False}
     return argparse.Namespace(**{**others, "allow_bare_scorer": False, **given})
 
 
@@ -487,10 +487,12 @@ def too_few(contexts, questions, types): return [1.0]
 def words(contexts, questions, types): return ["good"] * len(questions)
 def number(contexts, questions, types): return 1.0
 """
+NO_PYTHON = "def reward(:"
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(REWARDS)
+    (tmp_path / "half_a_reward.py").write_text(NO_PYTHON)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
 
@@ -502,3 +504,5 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     for name in ("too_few", "words", "number"):
         with pytest.raises(UserError, match="not 2 numbers, one a question"):
             reward(name)(["", ""], ["a?", "bc?"], ["Clarity"] * 2)
+    with pytest.raises(UserError, match="half_a_reward:reward: invalid syntax"):
+        load_reward(ppo_arguments(reward="half_a_reward:reward"), [], ["Clarity"])

@@ -74,9 +74,9 @@ def join(device: str) -> None:
 # --- rows and numbers -----------------------------------------------------------------------------------------------
 
 
-def share(items, *filler) -> list:
-    """This process's items: every world-th. If there are none, the filler."""
-    return list(items)[rank() :: world()] or list(filler)
+def share(items) -> list:
+    """This process's items: every world-th, or none."""
+    return list(items)[rank() :: world()]
 
 
 def collect(items: list, count: int) -> list:
@@ -221,7 +221,7 @@ class ShardedRun(Run):
         import torch.distributed.checkpoint as dcp
 
         # One process wrote a single file into the run's folder.
-        reader, tensors = dcp.HuggingFaceStorageReader(self.out / state.get("parts", "")), {}
+        reader, tensors = dcp.HuggingFaceStorageReader(self.out / state.pop("parts", "")), {}
         for name, stored in reader.read_metadata().state_dict_metadata.items():
             like = parameters.get(name.partition(".")[2])
             if like is None:

@@ -60,8 +60,8 @@ def number(kind=float, metavar=None, **bounds):
 positive = number(float, above=0)
 not_negative = number(float, least=0)
 fraction = number(float, least=0, below=1, metavar="SHARE")
-count = number(int, least=1)
-zero_or_more = number(int, least=0)
+count = number(int, least=1, most=2**63 - 1)  # a seed of torch can be no larger
+zero_or_more = number(int, least=0, most=2**63 - 1)
 
 
 def names(text: str) -> list[str]:

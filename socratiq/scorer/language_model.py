@@ -73,10 +73,10 @@ def read(lm: LanguageModel | None, questions: list[str], contexts: list[str] | N
     return lm.read(contexts or [""] * len(questions), questions) if lm else [nothing] * len(questions)
 
 
-def open_language_model(name: str, device: str = "auto", dtype: str = "auto") -> LanguageModel | None:
+def open_language_model(name: str, device="auto", dtype="auto", plain=False) -> LanguageModel | None:
     """The frozen model of that name; None for "none"."""
     if name == "none":
         return None
-    policy = load_policy(name, device, dtype, trainable=False)
+    policy = load_policy(name, device, dtype, trainable=False, plain=plain)
     policy.lm.to(pick_device(device))  # of several processes each has one of its own
     return LanguageModel(policy, load_tokenizer(name), name)

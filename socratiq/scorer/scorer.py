@@ -18,7 +18,6 @@ a quick look. As a reward for PPO it was gamed within 16 iterations.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -144,7 +143,7 @@ class Scorer:
         atomic_write(Path(folder) / "scorer.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
-    def load(cls, folder, device="auto", dtype="auto", held_out: Iterable = (), types: Iterable = ()) -> Scorer:
+    def load(cls, folder: str | Path, device="auto", dtype="auto", held_out=(), types=(), plain=False) -> Scorer:
         """Read what `save` wrote, and open the language model that it was fitted with.
 
         PPO, pairs, show, ask and evaluate all open the reward of a run here. Raises UserError if there is nothing that
@@ -165,7 +164,7 @@ class Scorer:
             raise UserError(f"--scorer {folder} does not know the type {min(unknown)!r}; {anew}")
         if settings["model content"] not in (None, fingerprint(settings["model"])):
             raise UserError(f"--scorer {folder}: {settings['model']} has changed since; {anew}")
-        return cls(tensors, settings, open_language_model(settings["model"], device, dtype))
+        return cls(tensors, settings, open_language_model(settings["model"], device, dtype, plain))
 
 
 def features(readings: list[Reading]) -> torch.Tensor:
