@@ -326,10 +326,11 @@ def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys)
         (["--data", "other.jsonl"], r"--scorer runs/scorer does not know the type 'Fear appeal'; delete it"),
     ],
 )
-def test_an_error_names_the_option_before_any_question(place, monkeypatch, more, says):
-    monkeypatch.setattr(asking, "ask_models", None)
+def test_an_error_names_the_option(place, monkeypatch, more, says):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    if more != ["--dpo", "runs/other"]:  # the others show before any model is asked
+        monkeypatch.setattr(asking, "ask_models", None)
     rows = [{"context": f"Other text {n}.", "question": "Is it so?", "type": "Fear appeal"} for n in range(9)]
     lines = [(place / "rows.jsonl").read_text(), *(json.dumps(row) + "\n" for row in rows)]
     (place / "other.jsonl").write_text("".join(lines))
