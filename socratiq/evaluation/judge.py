@@ -11,7 +11,6 @@ A policy that has learnt to please the scorer need not please anybody else. The 
 
 from __future__ import annotations
 
-import re
 import zlib
 from typing import NamedTuple
 
@@ -19,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from socratiq.run.errors import UserError
+from socratiq.scorer.gates import tokens
 from socratiq.scorer.ngrams import logistic_regression
 
-TOKEN = re.compile(r"[^\W_]+(?:'[^\W_]+)*|[^\w\s]|_")
 BUCKETS = 2**14
 RIDGE = 0.3  # weight of |w|^2 against the squared errors
 MAX_ROWS = 4000  # the fit inverts a matrix of rows x rows
@@ -75,7 +74,7 @@ class Judge(NamedTuple):
 
 def buckets(question: str) -> list[int]:
     """Hashes of the runs of 2 to 5 characters, of the first three words by position, and of the first 2 and 3 words."""
-    said = TOKEN.findall(question.lower().replace("’", "'"))
+    said = tokens(question)
     text = f"^{' '.join(said)} "
     pieces = {text[i : i + n] for n in (2, 3, 4, 5) for i in range(len(text) - n + 1)}
     pieces |= {f"{i}={word}" for i, word in enumerate(said[:3])}
