@@ -104,6 +104,14 @@ def test_the_head_in_chunks(monkeypatch, chunk):
     assert_same(found)
 
 
+def test_logits_in_bfloat16_are_divided_by_the_temperature_in_float32():
+    """As the sampler does: the policy that is scored is the one that was sampled."""
+    lm_head = torch.nn.Linear(8, 50, bias=False, dtype=torch.bfloat16)
+    hidden, tokens = torch.randn(6, 8, dtype=torch.bfloat16), torch.arange(6)
+    expected = (lm_head(hidden).float() / 0.7).log_softmax(-1)[torch.arange(6), tokens]
+    torch.testing.assert_close(head_logprobs(lm_head, hidden, tokens, 0.7, False)["logprobs"], expected)
+
+
 # ------------------------------------------------------------------------------------------------------ padding
 
 

@@ -13,6 +13,7 @@ from socratiq import evaluate
 from socratiq.data import Row
 from socratiq.evaluation import api_judge, asking, figures, measures, table
 from socratiq.evaluation.asking import Task
+from socratiq.report.page import percent
 from socratiq.run.errors import UserError
 
 # ------------------------------------------------------------------------------------------- questions, counted by hand
@@ -350,6 +351,7 @@ def test_broken_arguments_of_a_stage_are_named(place):
 def test_numbers_in_the_table_are_short():
     assert table.shown({"value": 0.123, "low": 0.05, "high": 1.0}, "judge/accuracy") == "12% [5 100]"
     assert table.shown({"value": -0.001, "low": -0.2, "high": 0.3}, "judge/accuracy") == "0% [-20 30]"
+    assert table.shown({"value": 0.125}, "judge/accuracy") == percent(0.125) + "%" == "13%"  # as in the report
     assert table.shown({"value": -0.001, "low": -0.2, "high": 0.3}, "scorer/reward") == ".00 [-.20 .30]"
     assert table.shown({"value": 1234.5, "low": 1, "high": 2}, "base_perplexity", span=False) == "1234"
     assert table.shown(None, "words") == table.shown({"value": None}, "words") == "-"

@@ -103,6 +103,8 @@ def test_an_input_is_known_by_its_content(tmp_path, monkeypatch):
     assert not changes("model", model / "training_args.bin", b"nor does this")
     for content in (b"def wordy(contexts, questions, types): ...", b"def wordy(*_): ..."):
         assert changes("rewards:wordy", tmp_path / "rewards.py", content)
+    assert "content of --reward" in new_run(tmp_path / "out", reward="rewards:wordy", scorer="model").arguments
+    assert "content of --scorer" not in new_run(tmp_path / "out", reward="rewards:wordy", scorer="model").arguments
     for suffix in SUFFIXES:  # the room of a run imports no other one, so its list of endings is its own
         assert changes(".", tmp_path / f"rows{suffix}", b"a") and changes(".", tmp_path / f"rows{suffix}", b"b")
 
