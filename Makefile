@@ -30,7 +30,7 @@ $(RUNS)/demo.done: | install
 	@echo "== 3/6 DPO: it learns to prefer questions of the type"
 	$(BIN)/python train_dpo.py $(SHORT) --lr 2e-4 --model "$(RUNS)/sft" --pairs "$(RUNS)/pairs.jsonl" --out "$(RUNS)/dpo"
 	@echo "== 4/6 PPO: it learns what the scorer rewards"
-	$(BIN)/python train_ppo.py --steps 6 --batch-size 8 --lr 1e-3 --kl-coef 0.005 $(SHORT) --max-new-tokens 32 --eval-prompts 27 --eval-every 6 --model "$(RUNS)/dpo" --scorer "$(RUNS)/scorer" --out "$(RUNS)/ppo"
+	$(BIN)/python train_ppo.py --steps 6 --batch-size 8 --lr 1e-3 --kl-coef 0.005 $(SHORT) --max-new-tokens 32 --eval-prompts 54 --eval-every 6 --model "$(RUNS)/dpo" --scorer "$(RUNS)/scorer" --out "$(RUNS)/ppo"
 	@echo "== 5/6 evaluation: every model is asked about texts that none has seen (1 to 4 minutes)"
 	$(BIN)/python -m socratiq.evaluate "$(RUNS)" --samples-per-prompt 2 $(SHORT) --max-new-tokens 32
 	@echo "== 6/6 report"
