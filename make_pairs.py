@@ -254,7 +254,7 @@ def run() -> None:
 
     # The scorer, saved or new. It learns neither from held-out texts nor from the judge's.
     saved = (args.scorer / "scorer.json").exists()
-    rows = [row for row in rows if row.type and row.preference != "rejected"]
+    rows = grading.examples(rows)
     if saved:
         types = {row.type for row in rows} - {OTHERS}
         scorer = Scorer.load(args.scorer, args.device, args.dtype, held_out, types, args.plain)

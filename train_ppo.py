@@ -131,7 +131,7 @@ def run_stage():
         return [(contexts[i], types[t]) for i, t in zip(order.tolist(), drawn_types.tolist(), strict=False)]
 
     def roll_out(tasks, samples, *purpose):
-        """Steps 2 and 3: K = `samples` questions for each task, and their scores."""
+        """Steps 2 and 3: K = `samples` questions for each task, and their scores, which one process asks for."""
         prompts = [encode_prompt(tokenizer, context, type_name, args.max_prompt_tokens) for context, type_name in tasks]
         mine = distributed.share(range(len(tasks)))
         own = [prompts[b] for b in mine]

@@ -123,14 +123,14 @@ def run(argv: list[str] | None = None) -> None:
     rows = load_rows(args.data, args.types)
     _, held_out_rows = split_by_context(rows, args.held_out, args.seed)
     options.check(bool(held_out_rows), f"{args.data}: no text is held out; raise --held-out or give more texts")
-    judges = rows_to_learn_from(rows, args.held_out, args.seed)[0]
-    judge = Judge.fit(judges)
+    judge_rows = rows_to_learn_from(rows, args.held_out, args.seed)[0]
+    judge = Judge.fit(judge_rows)
     tasks = choose_tasks(held_out_rows, judge.types, args.limit, args.seed)
     contexts = list(dict.fromkeys(task.context for task in tasks))
     classifiers = {"judge": judge}
     if with_scorer:
         scorer = Scorer.load(args.scorer, args.device, args.dtype, contexts, judge.types, args.plain)
-        if shared := {place(row.context) for row in judges}.intersection(scorer.settings["texts"]):
+        if shared := {place(row.context) for row in judge_rows}.intersection(scorer.settings["texts"]):
             warn(f"judge and scorer learnt from {len(shared)} texts in common, so the judge is less independent")
         classifiers["scorer"] = scorer
     for reason in left_out:

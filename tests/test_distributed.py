@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ STAGES = {
 }
 
 
-def stop_at_2(last=2):
-    """Called in the scripts' processes: the first of them is asked to stop during its second step."""
+def stop_at(last: int):
+    """Called in the scripts' processes: the first of them is asked to stop during this step."""
     from socratiq.run.folder import Run
 
     end_step = Run.end_step
@@ -47,8 +48,7 @@ def stop_at_2(last=2):
     Run.end_step = stop
 
 
-def stop_at_3():
-    stop_at_2(3)
+stop_at_2, stop_at_3 = partial(stop_at, 2), partial(stop_at, 3)
 
 
 def killed_among_the_parts():

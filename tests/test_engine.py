@@ -31,6 +31,11 @@ def assert_same(found, close=1e-5):
         torch.testing.assert_close(twin, plain, rtol=close, atol=close * max(1.0, plain.abs().max().item()))
 
 
+def distance(found, exact) -> float:
+    """The largest difference of two results, as a share of the largest number beside it."""
+    return max(((x - y).abs().max() / y.abs().max().clamp(min=1)).item() for x, y in zip(found, exact, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------- whole models
 
 
@@ -68,9 +73,9 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_same(family, autocast, device, tmp_path):
     folder, found, sampled = write(tmp_path, family, **FAMILIES[family]), [], []
-    for plain in (True, False):
+    for plain, rounded in ((True, False), (True, autocast), (False, autocast)):
         policy = load_policy(folder, "cpu", "float32", lora_rank=4, value_head=True, plain=True)
-        policy.autocast = autocast
+        policy.autocast = rounded
         stir(policy)
         if not plain:
             speed_up(policy, torch.device(device))
@@ -78,8 +83,11 @@ def test_every_family_gives_the_same(family, autocast, device, tmp_path):
             assert taken == {"LoRALinear"} | ({f"{family.title()}MLP"} - {"GemmaMLP"})
         found.append(results(policy, small_rows(samples=2)))
         sampled.append(sample(policy, small_rows()[0], 2, 8, eos_id=EOS, temperature=0))
-    assert_same(found, 0.2 if autocast else 1e-4)  # bfloat16 alone moves these gradients by .03 to .3
-    assert autocast or sampled[0] == sampled[1]
+    if autocast and family == "gemma":  # bfloat16 alone moves its gradients by .3
+        assert distance(found[2], found[0]) < 1.25 * distance(found[1], found[0])
+    else:
+        assert_same(found[1:], 0.1 if autocast else 1e-4)
+    assert autocast or sampled[1] == sampled[2]
 
 
 def test_plain_leaves_the_engine_out():

@@ -324,7 +324,7 @@ def test_a_scorer_that_has_seen_a_held_out_text_does_not_grade_it(place, capsys)
         (["--dpo", "runs/other"], "--dpo runs/other"),
         (["--sft", "none"], "no model to evaluate"),
         (["--judge-api", "m"], "set OPENAI_API_KEY"),
-        (["--data", "other.jsonl"], r"--scorer runs/scorer does not know the type 'Fear appeal'; delete it"),
+        (["--data", "other.jsonl"], r"--scorer runs/scorer does not know the type 'Fear appeal'; name another one, or"),
     ],
 )
 def test_an_error_names_the_option(place, monkeypatch, more, says):

@@ -14,11 +14,12 @@ import pytest
 import torch
 from small import small_policy
 
+from socratiq.builtin import MAKERS
 from socratiq.data import SUFFIXES
 from socratiq.run import errors
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write, replacing
-from socratiq.run.folder import Run, fingerprint, peak_memory_mb
+from socratiq.run.folder import BUILT_IN, Run, fingerprint, peak_memory_mb
 
 
 def arguments(out, **more):
@@ -88,6 +89,7 @@ def changes(name, path, content) -> bool:
 
 def test_an_input_is_known_by_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert MAKERS.keys() <= BUILT_IN
     (tmp_path / "socratiq").mkdir()
     (tmp_path / "socratiq" / "rows.jsonl").write_text("a folder of that name is not meant")
     for name in ("meta-llama/Llama-3.1-8B", "sample", "socratiq", "missing.csv", "installed_package:reward"):

@@ -487,12 +487,11 @@ def too_few(contexts, questions, types): return [1.0]
 def words(contexts, questions, types): return ["good"] * len(questions)
 def number(contexts, questions, types): return 1.0
 """
-NO_PYTHON = "def reward(:"
 
 
 def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own_rewards.py").write_text(REWARDS)
-    (tmp_path / "half_a_reward.py").write_text(NO_PYTHON)
+    (tmp_path / "half_a_reward.py").write_text("def reward(:")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
 

@@ -60,21 +60,24 @@ def grade(records_by_stage: dict[str, list[dict]], contexts: list[str], writer: 
     for record in itertools.chain(*records_by_stage.values()):
         request = grade_request(contexts[record["context"]], record)
         asked.setdefault(request.row, (request, []))[1].append(record)
-    waiting, problem = list(asked.values()), ""
+    reasons: dict[str, str] = {}  # row -> why it has no grade
     for attempt in (1, 2):  # an answer may hold no grades
-        requests = [request._replace(attempt=attempt) for request, _ in waiting]
+        waiting = [
+            (request._replace(attempt=attempt), records)
+            for row, (request, records) in asked.items()
+            if row not in reasons and "grades" not in records[0]
+        ]
         try:
-            unanswered = ask_all(writer, requests, log, "grading")
+            reasons |= ask_all(writer, [request for request, _ in waiting], log, "grading")
         except UserError as error:  # the other figures are worth keeping
-            unanswered = {"": str(error)}
-        for request, (_, records) in zip(requests, waiting, strict=True):
+            reasons = dict.fromkeys(asked, str(error))
+        for request, records in waiting:
             answer = log.get(request)
             grades = read_grades(answer.text) if answer else None
             for record in records if grades else ():
                 record["grades"] = grades
-        problem = next(iter(unanswered.values()), problem or "two answers held no grades")
-        waiting = [(r, some) for r, some in waiting if log.get(r) and "grades" not in some[0]]
     ungraded = sum("grades" not in record for _, records in asked.values() for record in records)
     if ungraded:
-        again = "; the same command asks again" if problem.startswith("no answer") else ""
-        warn(f"questions without a grade: {ungraded} ({problem}{again})")
+        why = next(iter(reasons.values()), "two answers held no grades")
+        again = "; the same command asks again" if why.startswith("no answer") else ""
+        warn(f"questions without a grade: {ungraded} ({why}{again})")

@@ -72,6 +72,11 @@ def aligned(rows: dict[str, list[str]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def whole_percent(x: float) -> int:
+    """A share in whole percent, a half rounded up."""
+    return math.floor(100 * x + 0.5 + 1e-9)
+
+
 def shown(entry: dict | None, name: str, span: bool = True) -> str:
     """A figure as "62% [51 71]" or ".62 [.51 .71]", without its interval unless `span`; "-" if there is none."""
     if entry is None or entry["value"] is None:
@@ -79,7 +84,7 @@ def shown(entry: dict | None, name: str, span: bool = True) -> str:
 
     def digits(x: float) -> str:
         if FIGURES[name].percent:
-            return f"{math.floor(100 * x + 0.5 + 1e-9)}"  # a half is rounded up, as in the report
+            return f"{whole_percent(x)}"
         if abs(x) < 0.995:
             return f"{round(x, 2) + 0.0:.2f}".replace("0.", ".", 1)
         return f"{x:.1f}" if abs(x) < 1000 else f"{x:.0f}"

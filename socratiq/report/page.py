@@ -10,13 +10,13 @@ escapes all text of data and models, and the page's content policy admits no scr
 
 import fnmatch
 import json
-import math
 import re
 from collections import Counter
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
+from socratiq.evaluation.table import whole_percent
 from socratiq.report.metrics import Metric, read_metrics
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write
@@ -131,8 +131,8 @@ def read_evaluation(path: Path) -> dict:
 
 
 def percent(x: float, sign: str = "") -> str:
-    """A share in whole percent, a half rounded up; sign "+" is for a difference of two shares."""
-    whole = math.floor(100 * x + 0.5 + 1e-9)
+    """A share in whole percent, as in the terminal's table; sign "+" is for a difference of two shares."""
+    whole = whole_percent(x)
     return f"{whole:{sign}d}".replace("-", "−") if whole or not sign else "0"
 
 

@@ -68,10 +68,10 @@ class Run:
         self.arguments_file = self.out / "train_args.json"
         self.checkpoint_file = self.out / "checkpoint.safetensors"
         self.arguments = {"stage": stage, **vars(args)}
-        unused = "scorer" if vars(args).get("reward") else None  # PPO with a reward of the user's own
+        own_reward = bool(vars(args).get("reward"))  # PPO then reads no scorer
         for name in INPUTS:
-            value = vars(args).get(name) if name != unused else None
-            if value and (content := fingerprint(value)):
+            value = vars(args).get(name)
+            if value and not (own_reward and name == "scorer") and (content := fingerprint(value)):
                 self.arguments[f"content of --{name}"] = content
         self.then = f"; the same command {'without --restart ' if args.restart else ''}continues"
         self.asked_to_stop = 0  # the signal

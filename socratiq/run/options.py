@@ -60,8 +60,9 @@ def number(kind=float, metavar=None, **bounds):
 positive = number(float, above=0)
 not_negative = number(float, least=0)
 fraction = number(float, least=0, below=1, metavar="SHARE")
-count = number(int, least=1, most=2**63 - 1)  # a seed of torch can be no larger
-zero_or_more = number(int, least=0, most=2**63 - 1)
+LARGEST = 2**63 - 1  # of a whole number: torch holds 64 bits
+count = number(int, least=1, most=LARGEST)
+zero_or_more = number(int, least=0, most=LARGEST)
 
 
 def names(text: str) -> list[str]:

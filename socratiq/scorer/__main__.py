@@ -20,7 +20,7 @@ def run(argv: list[str] | None = None) -> None:
     from socratiq.scorer.language_model import open_language_model
     from socratiq.scorer.scorer import Scorer, cross_validate, mean_opinion
 
-    rows = [row for row in load_rows(args.data) if row.type and row.preference != "rejected"]
+    rows = grading.examples(load_rows(args.data))
     lm = open_language_model(args.model, args.device, args.dtype)
     learn_from = grading.rows_to_learn_from(rows, args.held_out, args.seed)[1]
     scorer = Scorer.fit(learn_from, lm)

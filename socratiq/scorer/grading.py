@@ -15,14 +15,18 @@ def place(context: str) -> int:
     return zlib.crc32(" ".join(context.casefold().split()).encode())
 
 
+def examples(rows) -> list:
+    """The rows that teach a type: they have one, and people did not judge their question bad."""
+    return [row for row in rows if row.type and row.preference != "rejected"]
+
+
 def rows_to_learn_from(rows, held_out: float, seed: int) -> tuple[list, list]:
     """The rows that judge and scorer are fitted on: neither sees a held-out text, nor a text of the other one.
 
     A hash of the text decides, so that adding rows moves no others, and folds and held-out texts are independent of it.
-    With too few texts for both to meet every type, both get all that are not held out. Rows without a type teach
-    none, nor do questions that people judged bad.
+    With too few texts for both to meet every type, both get all that are not held out.
     """
-    train = [row for row in split_by_context(rows, held_out, seed)[0] if row.type and row.preference != "rejected"]
+    train = examples(split_by_context(rows, held_out, seed)[0])
     judges = [zlib.crc32(f"judge {place(row.context)}".encode()) < JUDGE_SHARE * 2**32 for row in train]
     parts = tuple([row for row, own in zip(train, judges, strict=True) if own == judge] for judge in (True, False))
     types = {row.type for row in train}

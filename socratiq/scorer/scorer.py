@@ -161,7 +161,7 @@ class Scorer:
         if seen := len(held_out.intersection(settings["texts"])):
             raise UserError(f"--scorer {folder} was fitted on {seen} of the {len(held_out)} held-out texts; {anew}")
         if unknown := set(types).difference(settings["types"]):
-            raise UserError(f"--scorer {folder} does not know the type {min(unknown)!r}; {anew}")
+            raise UserError(f"--scorer {folder} does not know the type {min(unknown)!r}; name another one, or {anew}")
         if settings["model content"] not in (None, fingerprint(settings["model"])):
             raise UserError(f"--scorer {folder}: {settings['model']} has changed since; {anew}")
         return cls(tensors, settings, open_language_model(settings["model"], device, dtype, plain))
