@@ -31,7 +31,7 @@ def save_model(lm: PreTrainedModel, state: dict[str, torch.Tensor], tokenizer, f
     stops_at_eos(lm, tokenizer.eos_token_id)
     if lm.config.tie_word_embeddings:  # gathered from several processes, the two are no longer one tensor
         state.pop("lm_head.weight", None)
-    lm.save_pretrained(folder, state_dict=state)
+    lm.save_pretrained(folder, state_dict=dict(state))  # which it empties, of a model made from a config
     tokenizer.save_pretrained(folder)
     # The dtype that others load by default: the widest, so that merged float32 weights are not rounded.
     lm.config.dtype = functools.reduce(torch.promote_types, (x.dtype for x in state.values() if x.is_floating_point()))

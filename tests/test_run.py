@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import math
 import os
 import shutil
@@ -14,8 +15,9 @@ import pytest
 import torch
 from small import small_policy
 
-from socratiq.builtin import MAKERS
+from socratiq.builtin import MAKERS, folder_of
 from socratiq.data import SUFFIXES
+from socratiq.models import load_policy, load_tokenizer
 from socratiq.run import errors
 from socratiq.run.errors import UserError
 from socratiq.run.files import atomic_write, replacing
@@ -240,9 +242,14 @@ def test_a_signal_ends_the_process_in_one_line_also_amid_imports(number, status,
     assert (*job.communicate(), job.returncode) == ("", line, status)
 
 
-def test_a_place_for_the_built_in_models_is_asked_for(monkeypatch, tmp_path):
-    from socratiq.builtin import folder_of
+def test_tiny_is_made_at_its_first_use(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOCRATIQ_CACHE", str(tmp_path / "cache"))
+    made = folder_of("tiny")
+    assert made == tmp_path / "cache" / "tiny" and json.loads((made / "config.json").read_text())["dtype"] == "float32"
+    assert load_policy(str(made), "cpu", "float32").lm.config.eos_token_id == load_tokenizer(str(made)).eos_token_id
 
+
+def test_a_place_for_the_built_in_models_is_asked_for(monkeypatch, tmp_path):
     for name in ("XDG_CACHE_HOME", "SOCRATIQ_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/dev/null")
